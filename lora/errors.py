@@ -1,0 +1,24 @@
+"""Mistakes that the user can mend: one line that says what, where and how.
+
+Code that meets one raises `UserError`; code that can meet several gathers them and raises them together, so that nobody
+mends a file one line at a time. The scripts print each as `error: <what> (<where>): <how to mend>` and exit with code 2.
+"""
+
+
+class UserError(Exception):
+    """One or more problems, each a line `<what> (<where>): <how to mend>`.
+
+    >>> raise UserError("no such folder", "--model llama", "give a folder, a hub id or smollm2-135m")
+    """
+
+    def __init__(self, what: str, where: str, how: str):
+        self.problems = [f"{what} ({where}): {how}"]
+        super().__init__(self.problems[0])
+
+    @classmethod
+    def all(cls, errors: "list[UserError]") -> "UserError":
+        """Several errors (at least one) as one, in the order they were found."""
+        joined = cls.__new__(cls)
+        joined.problems = [problem for error in errors for problem in error.problems]
+        Exception.__init__(joined, "\n".join(joined.problems))
+        return joined
