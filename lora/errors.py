@@ -1,7 +1,8 @@
 """Mistakes that the user can mend: one line that says what, where and how.
 
 Code that meets one raises `UserError`; code that can meet several gathers them and raises them together, so that nobody
-mends a file one line at a time. The scripts print each as `error: <what> (<where>): <how to mend>` and exit with code 2.
+mends a file one line at a time. The scripts print each as `error: <what> (<where>): <how to mend>` and exit with code
+2.
 """
 
 

@@ -1,0 +1,32 @@
+"""The trainer's ops by name. Callers never ask which implementation they get.
+
+Each op is defined in `reference.py`, in plain PyTorch that runs on any device.
+"""
+
+from kernels.reference import (
+    FrozenLinear,
+    LowRank,
+    attention,
+    dropout_mask,
+    linear_cross_entropy,
+    mix_keys,
+    projections,
+    rms_norm,
+    rope,
+    swiglu,
+    token_losses,
+)
+
+__all__ = [
+    "FrozenLinear",
+    "LowRank",
+    "attention",
+    "dropout_mask",
+    "linear_cross_entropy",
+    "mix_keys",
+    "projections",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "token_losses",
+]

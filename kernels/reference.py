@@ -1,0 +1,357 @@
+"""Every op of the trainer in plain PyTorch: the definition that kernels are tested against, and the path that a CPU
+takes.
+
+Tokens are *packed*: a micro-batch is one row of T tokens, whole examples back to back, and no padding anywhere. So x is
+[T, hidden], q is [T, heads, head_dim], and `lengths` says where one example ends and the next begins.
+
+Each op is a `torch.autograd.Function`, for two reasons. The base is frozen, so a backward pass that knows it never
+makes a weight gradient; and autograd would save every intermediate, where these save their inputs and make the rest
+again. Sums and nonlinear functions are computed in fp32 whatever the dtype of x; results are rounded to it once.
+Under each derivation, d_ means the gradient of the loss with respect to _.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = w * x^ with x^ = x * rho and rho = 1 / sqrt(mean(x^2) + eps), over the last dimension.
+
+    With g = w * dy:  dx = rho * (g - x^ * mean(g * x^)), since d rho / dx_j = -rho^3 x_j / n.
+    Saved: x and rho (one number a row). w is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        rho = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, rho)
+        return (wide * rho * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, rho = ctx.saved_tensors
+        normed = x.float() * rho
+        g = dy.float() * weight
+        dx = rho * (g - normed * (g * normed).mean(-1, keepdim=True))
+        return dx.to(x.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation (Zhang and Sennrich 2019). x [T, n], weight [n] (frozen) -> [T, n]."""
+    return RMSNorm.apply(x, weight, eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the plane (x_j, x_{j + D/2}) of every head by the angle of its row. x [T, H, D], cos and sin [T, D/2]."""
+    left, right = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+
+class RoPE(torch.autograd.Function):
+    """A rotation is orthogonal, so its backward is the rotation by the opposite angle: only angles are saved."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotate(dq, cos, -sin), _rotate(dk, cos, -sin), None, None
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (Su et al. 2021) on queries and keys, in Hugging Face's half-split layout.
+
+    q [T, heads, D], k [T, kv_heads, D], cos and sin fp32 [T, D/2] -> q and k rotated, same shapes.
+    """
+    return RoPE.apply(q, k, cos, sin)
+
+
+class SwiGLU(torch.autograd.Function):
+    """y = silu(g) * u with silu(g) = g * sigma(g).
+
+    dg = dy * u * sigma (1 + g (1 - sigma)),  du = dy * silu(g). Saved: g and u; sigma is made again.
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        gate, up = ctx.saved_tensors
+        d_up = torch.nn.functional.silu(gate).mul_(dy)
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return d_gate, d_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The gated activation of Llama's MLP (Shazeer 2020). gate, up [T, n] -> [T, n]."""
+    return SwiGLU.apply(gate, up)
+
+
+# Attention makes at most this many scores at a time, so that a long example costs time and not memory.
+_SCORES_AT_ONCE = 2**25
+
+
+def _blocks(q: Tensor, k: Tensor, lengths: Sequence[int]):
+    """The packed row as batches: (rows, n, length, queries a key head) for each run of n equal neighbours."""
+    start = 0
+    for length, run in groupby(lengths):
+        n = len(list(run))
+        yield slice(start, start + n * length), n, length, q.shape[1] // k.shape[1]
+        start += n * length
+
+
+def _split_heads(x: Tensor, n: int, length: int, kv_heads: int) -> Tensor:
+    """[n * length, kv_heads * G, D] -> [n * kv_heads, G * length, D]: the G queries of one key head become rows."""
+    x = x.view(n, length, kv_heads, -1, x.shape[-1])
+    return x.permute(0, 2, 3, 1, 4).reshape(n * kv_heads, -1, x.shape[-1])
+
+
+def _join_heads(x: Tensor, n: int, length: int, kv_heads: int) -> Tensor:
+    """The inverse of `_split_heads`."""
+    x = x.view(n, kv_heads, -1, length, x.shape[-1])
+    return x.permute(0, 3, 1, 2, 4).reshape(n * length, -1, x.shape[-1])
+
+
+def _probabilities(q: Tensor, k: Tensor, length: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) under a causal mask. q [b, G * L, D], k [b, L, D] -> fp32 [b, G * L, L]."""
+    mask = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    mask = mask.repeat(q.shape[1] // length, 1)[None]
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+class Attention(torch.autograd.Function):
+    """P = softmax(Q K^T / sqrt(D)), O = P V, inside each example.
+
+    dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D).
+    Saved: q, k, v. P is made again, because it grows with the square of the length. Grouped queries need no copy of
+    keys or values: the G heads that share a key head stand under each other as rows of one matrix.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.lengths = lengths
+        out = torch.empty_like(q)
+        kv = k.shape[1]
+        for rows, n, length, group in _blocks(q, k, lengths):
+            qs, ks, vs = (_split_heads(x[rows], n, length, kv) for x in (q, k, v))
+            o = torch.empty_like(qs)
+            step = max(1, _SCORES_AT_ONCE // (group * length * length))
+            for some in (slice(i, i + step) for i in range(0, n * kv, step)):
+                o[some] = _probabilities(qs[some], ks[some], length).to(q.dtype) @ vs[some]
+            out[rows] = _join_heads(o, n, length, kv)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        kv, scale = k.shape[1], q.shape[-1] ** -0.5
+        for rows, n, length, group in _blocks(q, k, ctx.lengths):
+            qs, ks, vs, do = (_split_heads(x[rows], n, length, kv) for x in (q, k, v, d_out))
+            dqs, dks, dvs = (torch.empty_like(x) for x in (qs, ks, vs))
+            step = max(1, _SCORES_AT_ONCE // (group * length * length))
+            for some in (slice(i, i + step) for i in range(0, n * kv, step)):
+                p = _probabilities(qs[some], ks[some], length)
+                dp = (do[some] @ vs[some].transpose(1, 2)).float()
+                ds = torch._softmax_backward_data(dp, p, -1, torch.float32).to(q.dtype)
+                dvs[some] = p.to(q.dtype).transpose(1, 2) @ do[some]
+                torch.baddbmm(dqs[some], ds, ks[some], beta=0, alpha=scale, out=dqs[some])
+                torch.baddbmm(dks[some], ds.transpose(1, 2), qs[some], beta=0, alpha=scale, out=dks[some])
+            for whole, part in ((dq, dqs), (dk, dks), (dv, dvs)):
+                whole[rows] = _join_heads(part, n, length, kv)
+        return dq, dk, dv, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Causal attention inside each packed example, grouped heads as they are.
+
+    q [T, heads, D], k and v [T, kv_heads, D], lengths summing to T -> [T, heads, D].
+    """
+    return Attention.apply(q, k, v, lengths)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers that spreads every input bit over every output bit (Wellons' lowbias32)."""
+    # PyTorch has no unsigned multiplication: int32 wraps alike, but its right shift drags the sign in, hence the masks.
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def mix_keys(keys: Tensor, value: int | Tensor) -> Tensor:
+    """Folds `value` into 32-bit keys: chains of it give every (seed, step, example, position, layer, input) its own.
+
+    keys int32 [...], value an integer or int32 [...] -> int32 [...].
+    """
+    return _mix(keys * 0x2545F491 + value)
+
+
+def dropout_mask(keys: Tensor, channels: int, p: float) -> Tensor:
+    """Which inputs stay, as a pure function of the token's key and the channel: no generator, nothing to store.
+
+    keys int32 [T], one for each token -> bool [T, channels], each True with probability 1 - p (in steps of 2^-24).
+    """
+    channel = torch.arange(channels, dtype=torch.int32, device=keys.device) * (0x9E3779B9 - 2**32)
+    bits = _mix(keys[:, None] ^ channel)
+    return (bits >> 8) & 0xFFFFFF >= round(p * 2**24)
+
+
+class FrozenLinear(Protocol):
+    """A weight that never learns, however it is stored."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+
+
+class LowRank(NamedTuple):
+    """The update s B A of one linear: the fp32 leaves that learn, and the same numbers in the compute dtype."""
+
+    a: Tensor  # fp32 [r, in]
+    b: Tensor  # fp32 [out, r]
+    a_shadow: Tensor  # compute dtype [r, in]
+    b_shadow: Tensor  # compute dtype [out, r]
+
+
+def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a gradient: accumulated and, where the hardware can, also handed over in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+class Projections(torch.autograd.Function):
+    """y_i = x W_i^T + s u_i B_i^T with u_i = m(x) A_i^T, for linears that read the same x; m is dropout.
+
+    With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i = v_i^T m(x),   dB_i = s dy_i^T u_i.
+    W_i is frozen: expanded when needed, used, thrown away, and never differentiated. Saved: x and the skinny u_i.
+    Linears without an update take part with u_i = 0. All A_i stand under each other, so one product makes every u_i
+    and one makes every dA_i; and one mask serves them, since they see one input.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, frozen, updates, scale: float, p: float, keys: Tensor | None, *leaves: Tensor):
+        held = [update for update in updates if update is not None]
+        ctx.frozen, ctx.updates, ctx.scale, ctx.p = frozen, updates, scale, p
+        ys = [x @ linear.dense(x.dtype).t() for linear in frozen]
+        u = None
+        if held:
+            u = _dropout(x, keys, p) @ torch.cat([update.a_shadow for update in held]).t()
+            parts = iter(u.split([update.a.shape[0] for update in held], dim=1))
+            for y, update in zip(ys, updates, strict=True):
+                if update is not None:
+                    y.addmm_(next(parts), update.b_shadow.t(), alpha=scale)
+        # Without a gradient to make, x need not outlive this call.
+        ctx.save_for_backward(x if held else None, u, keys)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor):
+        x, u, keys = ctx.saved_tensors
+        held = [(dy, update) for dy, update in zip(dys, ctx.updates, strict=True) if update is not None]
+        grads: list[Tensor] = []
+        if held:
+            a = torch.cat([update.a_shadow for _, update in held])
+            ranks = [update.a.shape[0] for _, update in held]
+            v = torch.empty_like(u)
+            for (dy, update), v_i in zip(held, v.split(ranks, dim=1), strict=True):
+                torch.mm(dy, update.b_shadow, out=v_i)
+            v *= ctx.scale
+            da = _product_fp32(v.t(), _dropout(x, keys, ctx.p)).split(ranks)
+            for (dy, _), u_i, da_i in zip(held, u.split(ranks, dim=1), da, strict=True):
+                grads += [da_i, _product_fp32(dy.t(), u_i).mul_(ctx.scale)]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _dropout(v @ a, keys, ctx.p) if held else None
+            for dy, linear in zip(dys, ctx.frozen, strict=True):
+                weight = linear.dense(dy.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        return dx, None, None, None, None, None, *grads
+
+
+def _dropout(x: Tensor, keys: Tensor | None, p: float) -> Tensor:
+    """m(x): a kept input is scaled by 1 / (1 - p); linear in x, so the same function serves backward."""
+    return x if p == 0 else x * dropout_mask(keys, x.shape[1], p) / (1 - p)
+
+
+def projections(
+    x: Tensor,
+    frozen: Sequence[FrozenLinear],
+    updates: Sequence[LowRank | None],
+    scale: float = 1.0,
+    p: float = 0.0,
+    keys: Tensor | None = None,
+) -> list[Tensor]:
+    """The LoRA linear (Hu et al. 2021, eq. 3) for several linears that read the same input.
+
+    x [T, in]; frozen weights [out_i, in]; updates of rank r, None where a linear has none; scale s = alpha / r;
+    dropout p on the low-rank input alone, its mask drawn from keys int32 [T] -> a list of [T, out_i].
+    """
+    leaves = [leaf for update in updates if update is not None for leaf in (update.a, update.b)]
+    return list(Projections.apply(x, frozen, updates, scale, p, keys, *leaves))
+
+
+# Rows of logits held at a time: 128 rows of 49,152 to 128,256 logits stay in or near a CPU's last cache.
+_LOGIT_ROWS = 128
+
+
+def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor | None = None) -> Tensor:
+    """-log softmax(hidden head^T)[target] for each row, in nats; logits exist for a few rows at a time.
+
+    hidden [S, n], head [vocabulary, n], targets int64 [S] -> fp32 [S]. With d_hidden [S, n], the gradient of the sum of
+    losses is written there on the way: d logits = softmax - one_hot, d hidden = d logits @ head.
+    """
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(targets), _LOGIT_ROWS):
+        rows = slice(start, start + _LOGIT_ROWS)
+        logits = (hidden[rows] @ head.t()).float()
+        target = targets[rows, None]
+        target_logit = logits.gather(1, target)
+        if d_hidden is None:
+            losses[rows] = (torch.logsumexp(logits, dim=1, keepdim=True) - target_logit).squeeze(1)
+            continue
+        # log sum exp = max - log(softmax at max): no second pass over the exponentials.
+        top, at = logits.max(dim=1, keepdim=True)
+        probability = torch.softmax(logits, dim=1, out=logits)
+        losses[rows] = (top - probability.gather(1, at).log() - target_logit).squeeze(1)
+        probability.scatter_add_(1, target, torch.full_like(target_logit, -1.0))
+        torch.mm(probability.to(hidden.dtype), head, out=d_hidden[rows])
+    return losses
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The head is frozen: the only gradient is that of `hidden`, ready before the logits are thrown away."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = token_losses(hidden, head, targets, d_hidden)
+        ctx.save_for_backward(d_hidden)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, d_sum: Tensor):
+        (d_hidden,) = ctx.saved_tensors
+        return d_hidden * d_sum.to(d_hidden.dtype), None, None
+
+
+def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Sum of `token_losses`, differentiable in hidden. hidden [S, n], head [vocabulary, n], targets [S] -> fp32 []."""
+    return LinearCrossEntropy.apply(hidden, head, targets)

@@ -1,0 +1,165 @@
+"""The low-rank update: W x becomes W x + s B A x, with A [r, in], B [out, r] and s = alpha / r (Hu et al. 2021).
+
+B starts at zero, so training starts at the base model. With rsLoRA the scale is alpha / sqrt(r), which keeps the size
+of the update the same as r grows (Kalajdzievski 2023).
+
+Everything that learns lives in one flat fp32 buffer: every A in the model's order, then every B, each starting at a
+multiple of 256 elements (the block of the 8-bit optimiser, so that no block spans two matrices). Beside it lie one flat
+gradient and, if the model computes in 16 bits, one 16-bit *shadow* of the numbers, refreshed after each step. A and B
+are views. So the optimiser is one launch, the gradient norm one reduction and a checkpoint one tensor, whatever the
+model.
+
+`wrap` puts the adapter's `project` in the place of the model's own, `unwrap` puts the model's back, and `fold` adds
+s B A to the weights; no module of the model is replaced or renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from lora.config import LoraConfig
+from lora.model import Linear, Llama, project
+
+ALIGNMENT = 256
+
+# The four inputs of a block that draw a dropout mask: linears that read the same input share one.
+_INPUT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+
+
+def targets_of(model: Llama, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The linears called `names` in every block, by their full name: "model.layers.0.self_attn.q_proj"."""
+    found = {}
+    for index, block in enumerate(model.model.layers):
+        for part in ("self_attn", "mlp"):
+            for name, module in getattr(block, part).named_children():
+                if name in names:
+                    found[f"model.layers.{index}.{part}.{name}"] = module
+    return found
+
+
+class Adapter:
+    """The trainable part of a run, and the only one.
+
+    flat     fp32 [n]: all A, then all B
+    grad     fp32 [n]: the gradient, to which every backward pass adds
+    shadow   compute dtype [n]: `flat` as the forward pass reads it (`flat` itself in fp32)
+    updates  full name of a linear -> its `kernels.LowRank` views
+    """
+
+    def __init__(self, model: Llama, config: LoraConfig, dtype: torch.dtype, seed: int):
+        """Draws A uniformly from +-1/sqrt(in), as PEFT does, and sets B to zero; on the model's device."""
+        self.config, self.scale = config, config.scale
+        self.targets = targets_of(model, config.target_modules)
+        device = model.head.device
+        shapes = {}
+        for side in ("A", "B"):
+            for name, linear in self.targets.items():
+                out, into = linear.shape
+                shapes[name, side] = (config.rank, into) if side == "A" else (out, config.rank)
+        self.spans: dict[tuple[str, str], tuple[int, tuple[int, int]]] = {}
+        size = 0
+        for key, shape in shapes.items():
+            self.spans[key] = (size, shape)
+            size += -(-shape[0] * shape[1] // ALIGNMENT) * ALIGNMENT
+        self.flat = torch.zeros(size, device=device)
+        self.grad = torch.zeros_like(self.flat)
+        self.shadow = self.flat if dtype == torch.float32 else torch.zeros_like(self.flat, dtype=dtype)
+        self.updates = {name: self._update(name) for name in self.targets}
+        self._by_linear = {id(linear): name for name, linear in self.targets.items()}
+        self.token_keys: Tensor | None = None
+        generator = torch.Generator().manual_seed(seed)
+        for update in self.updates.values():
+            bound = update.a.shape[1] ** -0.5
+            drawn = torch.empty(update.a.shape).uniform_(-bound, bound, generator=generator)
+            update.a.data.copy_(drawn)
+        self.refresh()
+
+    def _view(self, buffer: Tensor, name: str, side: str) -> Tensor:
+        start, (rows, columns) = self.spans[name, side]
+        return buffer[start : start + rows * columns].view(rows, columns)
+
+    def _update(self, name: str) -> kernels.LowRank:
+        leaves = []
+        for side in ("A", "B"):
+            leaf = self._view(self.flat, name, side).detach().requires_grad_()
+            # Autograd adds to a gradient that is already there, so every leaf fills its part of the flat one.
+            leaf.grad = self._view(self.grad, name, side)
+            leaves.append(leaf)
+        return kernels.LowRank(*leaves, self._view(self.shadow, name, "A"), self._view(self.shadow, name, "B"))
+
+    def __len__(self) -> int:
+        """Trainable parameters, padding not counted."""
+        return sum(rows * columns for _, (rows, columns) in self.spans.values())
+
+    def refresh(self) -> None:
+        """Brings the 16-bit shadow up to date after `flat` has changed."""
+        if self.shadow is not self.flat:
+            self.shadow.copy_(self.flat)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every A and B under its name in a PEFT file, fp32, without copies."""
+        return {
+            f"base_model.model.{name}.lora_{side}.weight": self._view(self.flat, name, side)
+            for name, side in sorted(self.spans)
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes the numbers of `tensors` (names and shapes as in `tensors()`, any dtype)."""
+        for name, mine in self.tensors().items():
+            mine.copy_(tensors[name])
+        self.refresh()
+
+    def project(self, x: Tensor, *linears: nn.Module) -> list[Tensor]:
+        """`model.project` with the updates of these linears added. x [T, in] -> a list of [T, out_i]."""
+        names = [self._by_linear.get(id(linear)) for linear in linears]
+        updates = [self.updates[name] if name else None for name in names]
+        first = next(filter(None, names), None)
+        keys = None
+        if self.token_keys is not None and first is not None:
+            _, _, layer, _, linear = first.split(".")
+            keys = kernels.mix_keys(self.token_keys, 4 * int(layer) + _INPUT[linear])
+        p = 0.0 if keys is None else self.config.dropout
+        return kernels.projections(x, linears, updates, self.scale, p, keys)
+
+    def wrap(self, model: Llama) -> None:
+        """From now on the model computes with the update."""
+        for block in model.model.layers:
+            block.self_attn.project = block.mlp.project = self.project
+
+    def unwrap(self, model: Llama) -> None:
+        """From now on the model is its base again."""
+        for block in model.model.layers:
+            block.self_attn.project = block.mlp.project = project
+
+    @contextmanager
+    def off(self, model: Llama) -> Iterator[None]:
+        """The base model, for as long as the `with` block lasts."""
+        self.unwrap(model)
+        try:
+            yield
+        finally:
+            self.wrap(model)
+
+    @contextmanager
+    def dropping(self, token_keys: Tensor) -> Iterator[None]:
+        """Dropout is on inside the `with` block (it must hold the backward pass too); token_keys int32 [T]."""
+        self.token_keys = token_keys if self.config.dropout else None
+        try:
+            yield
+        finally:
+            self.token_keys = None
+
+    @torch.no_grad()
+    def fold(self, model: Llama) -> None:
+        """Adds s B A to the weights, rounded once to their dtype, and unwraps. The weights must be plain, not NF4."""
+        self.unwrap(model)
+        for name, linear in self.targets.items():
+            if not isinstance(linear, Linear):
+                raise TypeError(f"{name} is {type(linear).__name__}: fold into 16-bit weights")
+            update = self.updates[name]
+            linear.weight.copy_(linear.weight.float() + self.scale * (update.b @ update.a))

@@ -1,0 +1,135 @@
+"""The one place that knows model, frozen weights and adapter together: from a folder on disk to something that
+computes.
+
+A base weight goes from the file to its device and into its final form one at a time, so loading an 8B model in NF4
+needs the memory of the 4-bit model and one weight, never that of the 16-bit model.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, targets_of
+from lora.checkpoint import Weights, load_adapter, read_config
+from lora.config import LINEARS
+from lora.errors import UserError
+from lora.model import Linear, Llama
+from lora.quant import NF4Linear, nf4_of
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name: str) -> torch.device:
+    """`--device` as a device that is really there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = f"there are {torch.cuda.device_count()} CUDA GPUs"
+        raise UserError(there, f"--device {name}", "give a device that is there, or auto")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`--dtype` as a dtype. auto: bf16 where the hardware has it natively, fp16 on GPUs without it, fp32 elsewhere."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        # Ampere (8.0) was the first with bf16; PyTorch's own test also accepts older cards, which emulate it.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    native = x86 and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the folder's weights are 4-bit already (a `...-bnb-4bit` model)."""
+    return any(".quant_state." in name for name in Weights(folder))
+
+
+def build_model(folder: Path, quant: str, dtype: torch.dtype, device: torch.device) -> Llama:
+    """The model of a Hugging Face folder, frozen, on `device`, computing in `dtype`.
+
+    quant "nf4": the blocks' linears are kept as NF4 codes, quantised here or as the folder has them; "none": everything
+    is kept in `dtype`. Embeddings, head and norms are never quantised. Raises UserError that lists all missing, unknown
+    and misshapen weights.
+    """
+    weights = Weights(folder, str(device))
+    with torch.device("meta"):
+        model = Llama(read_config(folder))
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    linears = targets_of(model, LINEARS)
+    parts = _parts(weights, linears)
+    problems = [f"{name} is missing" for name in wanted if name not in weights]
+    known = {*wanted, "lm_head.weight", *(name for names in parts.values() for name in names)}
+    problems += [f"{name} is not part of a Llama" for name in weights if name not in known and "rotary_emb" not in name]
+
+    for name, shape in wanted.items():
+        if name not in weights:
+            continue
+        linear = name.removesuffix(".weight")
+        if len(parts.get(linear, ())) > 1:
+            part = {p.removeprefix(linear + "."): weights[p] for p in parts[linear]}
+            if why := nf4_of(part):
+                problems.append(f"{name} is {why}")
+                continue
+            frozen = NF4Linear.from_parts(part)
+            made = frozen if quant == "nf4" else _plain(frozen.dense(dtype))
+        else:
+            tensor = weights[name]
+            if tensor.shape != shape:
+                problems.append(f"{name} is {list(tensor.shape)}, config.json says {list(shape)}")
+                continue
+            if linear in linears:
+                made = NF4Linear.quantise(tensor) if quant == "nf4" else _plain(tensor.to(dtype))
+            else:
+                made = nn.Parameter(tensor.to(dtype), requires_grad=False)
+                linear = name
+        if (got := tuple(made.shape)) != tuple(shape):
+            problems.append(f"{name} is {list(got)}, config.json says {list(shape)}")
+            continue
+        owner, _, leaf = linear.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, made)
+    if problems:
+        how = "give a complete folder of one Llama model"
+        raise UserError.all([UserError(problem, str(folder), how) for problem in problems])
+    return model
+
+
+def _parts(weights: Weights, linears: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """The names that belong to each linear: `weight` alone, or the codes and what bitsandbytes keeps beside them."""
+    parts: dict[str, list[str]] = {}
+    for name in weights:
+        linear = name.partition(".weight")[0]
+        if linear in linears:
+            parts.setdefault(linear, []).append(name)
+    return parts
+
+
+def _plain(weight: Tensor) -> Linear:
+    with torch.device("meta"):
+        linear = Linear(weight.shape[1], weight.shape[0])
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def load_into(model: Llama, folder: Path, dtype: torch.dtype) -> Adapter:
+    """The adapter of a folder, made for `model` and wrapped around it; UserError lists what does not fit."""
+    tensors, config = load_adapter(folder)
+    adapter = Adapter(model, config, dtype, seed=0)
+    mine = adapter.tensors()
+    problems = [f"{name} is missing" for name in mine if name not in tensors]
+    problems += [f"{name} fits no linear of this model" for name in tensors if name not in mine]
+    for name in mine.keys() & tensors.keys():
+        if mine[name].shape != tensors[name].shape:
+            problems.append(f"{name} is {list(tensors[name].shape)}, this model needs {list(mine[name].shape)}")
+    if problems:
+        how = "give the model that the adapter was trained on"
+        raise UserError.all([UserError(problem, str(folder), how) for problem in problems])
+    adapter.load(tensors)
+    adapter.wrap(model)
+    return adapter

@@ -1,0 +1,261 @@
+"""Files in and out: base weights, adapters in PEFT's format, and what a run needs to go on after it was stopped.
+
+Everything is safetensors and JSON: loading a file never runs code. Nothing is ever half-written: a file or a folder is
+made under another name, forced to disk, and then renamed, which a file system does at once or not at all. So a kill at
+any moment leaves the last whole checkpoint, and at worst a stray folder whose name begins with a dot.
+
+    checkpoint-<step>/
+      adapter_model.safetensors    every A and B, fp32, under PEFT's names
+      adapter_config.json
+      training_state.safetensors   the optimiser's tensors
+      meta.json                    step, position of the sampler, best score, ... (loop.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora.config import LINEARS, LoraConfig
+from lora.errors import UserError
+from lora.model import Llama3Rope, LlamaConfig
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a UserError that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(error.strerror or str(error), str(path), "check the folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"not JSON: {error}", str(path), "mend the file or fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", str(path), "mend the file or fetch it again")
+    return value
+
+
+# --- writing: whole or not at all -------------------------------------------------------------------------------------
+
+
+def _to_disk(path: Path) -> None:
+    """Forces a file, or the entries of a folder, out of the operating system's caches."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into; it appears under `path` when the `with` block ends, and not at all if that fails."""
+    aside = path.parent / f".{path.name}.{os.getpid()}"
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            _to_disk(file)
+        _to_disk(aside)
+        if path.exists():
+            # A name that is already taken holds the same checkpoint, written before a resume.
+            shutil.rmtree(path)
+        aside.rename(path)
+        _to_disk(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def replace_file(path: Path, source: Path) -> None:
+    """Copies `source` to `path` in one step: readers see the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.copyfile(source, aside)
+    _to_disk(aside)
+    aside.replace(path)
+    _to_disk(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object to a file in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _to_disk(aside)
+    aside.replace(path)
+    _to_disk(path.parent)
+
+
+# --- base weights -----------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """config.json of a Hugging Face folder -> the shape of the model; UserError lists all that this trainer has not."""
+    where = folder / "config.json"
+    raw = read_json(where)
+    # Two spellings: `rope_parameters` holds all since transformers 5, `rope_theta` and `rope_scaling` before.
+    old = {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta", 10000.0)}
+    rope = raw.get("rope_parameters") or old
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    problems = []
+
+    def need(what: str, holds: bool) -> None:
+        if not holds:
+            problems.append(UserError(what, str(where), "give a Llama model: Llama 2 to 3.3, SmolLM2, TinyLlama, ..."))
+
+    need(f"the model is of type {raw.get('model_type')!r}, not llama", raw.get("model_type") == "llama")
+    need(f"rope of type {kind!r} is not known here", kind in ("default", "llama3"))
+    need(f"activation {raw.get('hidden_act')!r}, not silu", raw.get("hidden_act", "silu") == "silu")
+    need("its attention has biases", not raw.get("attention_bias"))
+    need("its MLP has biases", not raw.get("mlp_bias"))
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in sizes:
+        need(f"{name} is missing", isinstance(raw.get(name), int) and raw[name] > 0)
+    if problems:
+        raise UserError.all(problems)
+    scaling = None
+    if kind == "llama3":
+        scaling = Llama3Rope(
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope["original_max_position_embeddings"],
+        )
+    heads = raw["num_attention_heads"]
+    return LlamaConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=rope["rope_theta"],
+        rope_scaling=scaling,
+        tied=raw.get("tie_word_embeddings", False),
+    )
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids that end an answer, by the model's own generation_config.json, else its config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (ids := read_json(folder / name).get("eos_token_id")) is not None:
+            return ids if isinstance(ids, list) else [ids]
+    raise UserError("no eos_token_id", str(folder / "generation_config.json"), "add the id that ends an answer")
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a folder by name, one safetensors file or many, each read from disk when it is asked for."""
+
+    def __init__(self, folder: Path, device: str = "cpu"):
+        index = folder / "model.safetensors.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        self._files: dict[str, Any] = {}
+        for name in names:
+            try:
+                file = safe_open(folder / name, framework="pt", device=device)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot be read: {error}", str(folder / name), "fetch the file again") from None
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig, base: str) -> None:
+    """Writes what PEFT's `PeftModel.from_pretrained` reads. tensors: fp32, by PEFT's names; base: its model."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER, {"format": "pt"})
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": False,
+        "target_modules": list(config.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors and config of an adapter, ours or PEFT's; UserError lists everything in it that this trainer has not."""
+    where = str(folder / ADAPTER_CONFIG)
+    raw = read_json(folder / ADAPTER_CONFIG)
+    try:
+        tensors = load_file(folder / ADAPTER)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot be read: {error}", str(folder / ADAPTER), "give a whole adapter") from None
+    extras = ["use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication"]
+    problems = [f"{name} is set" for name in extras if raw.get(name)]
+    if raw.get("peft_type") != "LORA":
+        problems.append(f"an adapter of type {raw.get('peft_type')!r}, not LORA")
+    if raw.get("bias", "none") != "none":
+        problems.append("it trains biases")
+    found = {name.split(".")[-3] for name in tensors}
+    problems += [f"it holds {name}, which is no lora_A or lora_B of a linear" for name in sorted(found - set(LINEARS))]
+    if problems:
+        how = "train plain LoRA on q, k, v, o, gate, up and down"
+        raise UserError.all([UserError(problem, where, how) for problem in problems])
+    config = LoraConfig(
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        dropout=raw.get("lora_dropout", 0.0),
+        rslora=raw.get("use_rslora", False),
+        target_modules=tuple(name for name in LINEARS if name in found),
+    )
+    return tensors, config
+
+
+# --- checkpoints of a run ---------------------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The whole checkpoints of a run by step, oldest first."""
+    found = {}
+    for folder in run.glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if step.isdecimal() and (folder / "meta.json").is_file():
+            found[int(step)] = folder
+    return dict(sorted(found.items()))
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """The part of a checkpoint that only this trainer reads."""
+    save_file(tensors, folder / "training_state.safetensors")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_state` wrote."""
+    return load_file(folder / "training_state.safetensors"), read_json(folder / "meta.json")
+
+
+def export(checkpoint: Path, run: Path) -> None:
+    """Makes a checkpoint's adapter the run's adapter, each file in one step."""
+    for name in (ADAPTER, ADAPTER_CONFIG):
+        replace_file(run / name, checkpoint / name)

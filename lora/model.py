@@ -1,0 +1,209 @@
+"""Llama, plain: parameters under their Hugging Face names, one forward pass, and nothing about how it is trained.
+
+A block adds to the residual stream twice:
+
+    x = x + W_o attention(rope(W_q h), rope(W_k h), W_v h)      h = rms_norm(x)
+    x = x + W_down (silu(W_gate h) * W_up h)                    h = rms_norm(x)
+
+Three things come from outside, so that this file stays a leaf:
+
+- `attend(layer, q, k, v)` is what attention means here: examples packed in one row (`packed`), or a cache of earlier
+  keys and values (generate.py).
+- `project(x, *linears)` calls the projections that read the same input: q/k/v, gate/up, and o and down alone. Plain by
+  default; an adapter puts its own in place (adapter.py), and no module is renamed or wrapped.
+- what a linear is: `Linear` here, or another frozen weight with the same three members (quant.py).
+
+Tokens come as one row, ids [T] and positions [T]. The model ends in normalised hidden states [T, hidden]: whoever needs
+logits multiplies just the rows that matter by `head`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """The long-context stretch of Llama 3.1 and later: slow frequencies are divided by `factor`, fast ones are kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a model, in the words of a Hugging Face config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Rope | None
+    tied: bool
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Angle a position adds to each plane of a head, fp32 [head_dim / 2]: theta^(-2j / head_dim).
+
+    With Llama 3's scaling, a plane that turns fewer than low_freq_factor times within the original context is slowed
+    down by `factor`, one that turns more than high_freq_factor times is kept, and between them the two are blended
+    linearly.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if (scaling := config.rope_scaling) is None:
+        return frequency
+    turns = scaling.original_max_position * frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequency / scaling.factor + kept * frequency
+
+
+def packed(lengths: Sequence[int]) -> Attend:
+    """Attention for examples of these lengths, back to back in one row: causal, and never across a border."""
+    return lambda layer, q, k, v: kernels.attention(q, k, v, lengths)
+
+
+def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """Several linears on one input, x [T, in] -> a list of [T, out_i]."""
+    return [linear(x) for linear in linears]
+
+
+class Linear(nn.Module):
+    """x W^T with a frozen W [out, in]; Llama has no biases."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in), requires_grad=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)"""
+        return self.weight.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+        return self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.projections(x, [self], [None])[0]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, n: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        n, self.head_dim, self.layer = config.hidden_size, config.head_dim, layer
+        self.q_proj = Linear(n, config.num_heads * self.head_dim)
+        self.k_proj = Linear(n, config.num_kv_heads * self.head_dim)
+        self.v_proj = Linear(n, config.num_kv_heads * self.head_dim)
+        self.o_proj = Linear(config.num_heads * self.head_dim, n)
+        self.project = project
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        qkv = self.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(len(x), -1, self.head_dim) for y in qkv)
+        q, k = kernels.rope(q, k, cos, sin)
+        return self.project(attend(self.layer, q, k, v).flatten(1), self.o_proj)[0]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.project = project
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x, self.gate_proj, self.up_proj)
+        return self.project(kernels.swiglu(gate, up), self.down_proj)[0]
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, n: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, n), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids]
+
+
+class Decoder(nn.Module):
+    """Everything between ids and the head."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """ids -> normalised hidden states; `head` turns rows of them into logits.
+
+    `recompute` trades time for memory: each block keeps only its input and runs again in the backward pass.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
+        self.recompute = False
+
+    @property
+    def head(self) -> Tensor:
+        """[vocabulary, hidden]; a tied model has one matrix for both ends, and here it is one tensor."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """ids and positions int64 [T] -> [T, hidden]."""
+        x = self.model.embed_tokens(ids)
+        angles = positions[:, None].float() * rope_frequencies(self.config).to(positions.device)
+        cos, sin = angles.cos(), angles.sin()
+        for block in self.model.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, attend)
+        return self.model.norm(x)

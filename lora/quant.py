@@ -1,0 +1,73 @@
+"""Frozen weights in NF4: four bits a weight, with double quantisation (Dettmers et al. 2023, QLoRA).
+
+Each block of 64 weights is divided by its largest magnitude (absmax) and every quotient is rounded to the nearest of 16
+values, the quantiles of a normal distribution, since trained weights are nearly normal. The absmax numbers are
+quantised too, to 8 bits in blocks of 256 after their mean is taken off. That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits a
+weight.
+
+The codes and both tables are bitsandbytes', so a folder that bitsandbytes wrote loads as it is. Only the quantise and
+dequantise functions are called: the matmul is ours. A weight is expanded right before it is multiplied and dropped
+right after, on a CPU too: what is kept are the codes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+
+# bitsandbytes looks for a package called `kernels` to fetch a matmul that is not used here, and warns that ours is not
+# it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import bitsandbytes.functional as bnb  # noqa: E402
+
+BLOCK = 64
+
+
+class NF4Linear(nn.Module):
+    """x W^T with W [out, in] kept as NF4 codes: uint8, two weights a byte, and bitsandbytes' state beside them."""
+
+    def __init__(self, codes: Tensor, state: bnb.QuantState):
+        super().__init__()
+        self.codes, self.state = codes, state
+
+    @classmethod
+    def quantise(cls, weight: Tensor) -> NF4Linear:
+        """weight [out, in], 16 or 32 bit, on the device where it stays."""
+        codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
+        return cls(codes, state)
+
+    @classmethod
+    def from_parts(cls, parts: dict[str, Tensor]) -> NF4Linear:
+        """From the tensors of one linear in a bnb-4bit folder: `weight`, `weight.absmax`, `weight.quant_map`, ..."""
+        codes = parts["weight"]
+        rest = {name.removeprefix("weight."): tensor for name, tensor in parts.items() if name != "weight"}
+        return cls(codes, bnb.QuantState.from_dict(rest, device=codes.device))
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)"""
+        return self.state.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], expanded to `dtype`."""
+        # bitsandbytes takes the output's dtype from the state.
+        self.state.dtype = dtype
+        return bnb.dequantize_4bit(self.codes, self.state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.projections(x, [self], [None])[0]
+
+
+def nf4_of(parts: dict[str, Tensor]) -> str | None:
+    """Why these tensors of one linear are not NF4 (a few words), or None if they are."""
+    kinds = [name.split("__")[-1] for name in parts if "bitsandbytes__" in name]
+    if kinds != ["nf4"]:
+        return f"quantised as {kinds or 'something unknown'}, not nf4"
+    state = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    return None if {"shape", "blocksize"} <= state.keys() else "its quant_state names no shape and block size"
