@@ -51,7 +51,7 @@ class Adapter:
     updates  full name of a linear -> its `kernels.LowRank` views
     """
 
-    def __init__(self, model: Llama, config: LoraConfig, dtype: torch.dtype, seed: int):
+    def __init__(self, model: Llama, config: LoraConfig, seed: int):
         """Draws A uniformly from +-1/sqrt(in), as PEFT does, and sets B to zero; on the model's device."""
         self.config, self.scale = config, config.scale
         self.targets = targets_of(model, config.target_modules)
@@ -68,7 +68,7 @@ class Adapter:
             size += -(-shape[0] * shape[1] // ALIGNMENT) * ALIGNMENT
         self.flat = torch.zeros(size, device=device)
         self.grad = torch.zeros_like(self.flat)
-        self.shadow = self.flat if dtype == torch.float32 else torch.zeros_like(self.flat, dtype=dtype)
+        self.shadow = self.flat if model.dtype == torch.float32 else self.flat.to(model.dtype)
         self.updates = {name: self._update(name) for name in self.targets}
         self._by_linear = {id(linear): name for name, linear in self.targets.items()}
         self.token_keys: Tensor | None = None

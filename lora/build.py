@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lora.adapter import Adapter, targets_of
 from lora.checkpoint import Weights, load_adapter, read_config
-from lora.config import LINEARS
+from lora.config import LINEARS, LoraConfig
 from lora.errors import UserError
-from lora.model import Linear, Llama
+from lora.model import Linear, Llama, LlamaConfig
 from lora.quant import NF4Linear, nf4_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,16 +51,19 @@ def is_quantised(folder: Path) -> bool:
     return any(".quant_state." in name for name in Weights(folder))
 
 
-def build_model(folder: Path, quant: str, dtype: torch.dtype, device: torch.device) -> Llama:
+def build_model(
+    folder: Path, quant: str, dtype: torch.dtype, device: torch.device, kept: torch.dtype | None = None
+) -> Llama:
     """The model of a Hugging Face folder, frozen, on `device`, computing in `dtype`.
 
-    quant "nf4": the blocks' linears are kept as NF4 codes, quantised here or as the folder has them; "none": everything
-    is kept in `dtype`. Embeddings, head and norms are never quantised. Raises UserError that lists all missing, unknown
-    and misshapen weights.
+    quant "nf4": the blocks' linears are kept as NF4 codes, quantised here or as the folder has them; "none": they are
+    kept in `kept` (default: dtype), like embeddings, head and norms, which are never quantised. Raises UserError that
+    lists all missing, unknown and misshapen weights.
     """
+    kept = kept or dtype
     weights = Weights(folder, str(device))
     with torch.device("meta"):
-        model = Llama(read_config(folder))
+        model = Llama(read_config(folder), dtype)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     linears = targets_of(model, LINEARS)
     parts = _parts(weights, linears)
@@ -78,16 +81,16 @@ def build_model(folder: Path, quant: str, dtype: torch.dtype, device: torch.devi
                 problems.append(f"{name} is {why}")
                 continue
             frozen = NF4Linear.from_parts(part)
-            made = frozen if quant == "nf4" else _plain(frozen.dense(dtype))
+            made = frozen if quant == "nf4" else _plain(frozen.dense(kept))
         else:
             tensor = weights[name]
             if tensor.shape != shape:
                 problems.append(f"{name} is {list(tensor.shape)}, config.json says {list(shape)}")
                 continue
             if linear in linears:
-                made = NF4Linear.quantise(tensor) if quant == "nf4" else _plain(tensor.to(dtype))
+                made = NF4Linear.quantise(tensor) if quant == "nf4" else _plain(tensor.to(kept))
             else:
-                made = nn.Parameter(tensor.to(dtype), requires_grad=False)
+                made = nn.Parameter(tensor.to(kept), requires_grad=False)
                 linear = name
         if (got := tuple(made.shape)) != tuple(shape):
             problems.append(f"{name} is {list(got)}, config.json says {list(shape)}")
@@ -117,10 +120,10 @@ def _plain(weight: Tensor) -> Linear:
     return linear
 
 
-def load_into(model: Llama, folder: Path, dtype: torch.dtype) -> Adapter:
+def load_into(model: Llama, folder: Path) -> Adapter:
     """The adapter of a folder, made for `model` and wrapped around it; UserError lists what does not fit."""
     tensors, config = load_adapter(folder)
-    adapter = Adapter(model, config, dtype, seed=0)
+    adapter = Adapter(model, config, seed=0)
     mine = adapter.tensors()
     problems = [f"{name} is missing" for name in mine if name not in tensors]
     problems += [f"{name} fits no linear of this model" for name in tensors if name not in mine]
@@ -133,3 +136,44 @@ def load_into(model: Llama, folder: Path, dtype: torch.dtype) -> Adapter:
     adapter.load(tensors)
     adapter.wrap(model)
     return adapter
+
+
+# More tokens in a pass make no GEMM faster, and a CPU's caches like fewer.
+_MOST_TOKENS = {"cuda": 16384, "cpu": 4096}
+
+
+def saved_bytes(config: LlamaConfig, rank: int, dtype: torch.dtype, recompute: bool) -> int:
+    """What one token leaves behind for the backward pass, in bytes, over all blocks.
+
+    A block saves: the residual stream and its normalised form, twice; q, k, v and the attention's output; gate, up and
+    their product; and the skinny products x A^T of its seven linears. With recompute only its input, and one block
+    at a time the rest.
+    """
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    block = 4 * config.hidden_size + heads + 3 * config.intermediate_size + len(LINEARS) * rank
+    numbers = config.num_layers * config.hidden_size + block if recompute else config.num_layers * block
+    # In the backward pass one block's gradients stand beside its activations.
+    return (numbers + 2 * block) * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a run may still take, in bytes, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def choose_micro_batch_tokens(model: Llama, lora: LoraConfig, recompute: bool) -> int:
+    """Tokens in one pass, from the memory that is free once model, adapter and optimiser are there; at least 256."""
+    device = model.head.device
+    most = _MOST_TOKENS[device.type]
+    free = free_bytes(device)
+    if free is None:
+        return most
+    # The rest is for logits (128 rows at a time, fp32, and their gradient), one expanded weight, and the allocator.
+    fitting = int(0.7 * free / saved_bytes(model.config, lora.rank, model.dtype, recompute))
+    return max(256, min(most, fitting // 256 * 256))

@@ -66,6 +66,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield aside
         for file in aside.rglob("*"):
+            # safetensors writes files that only their owner may read; a model is there to be served.
+            file.chmod(0o755 if file.is_dir() else 0o644)
             _to_disk(file)
         _to_disk(aside)
         if path.exists():
@@ -253,6 +255,12 @@ def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote."""
     return load_file(folder / "training_state.safetensors"), read_json(folder / "meta.json")
+
+
+def remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint; it stops counting as one before the first of its files goes."""
+    (checkpoint / "meta.json").unlink()
+    shutil.rmtree(checkpoint)
 
 
 def export(checkpoint: Path, run: Path) -> None:

@@ -123,6 +123,32 @@ class Config:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    run: Path | None = flag(None, "the run to evaluate (default: the newest finished one)")
+    checkpoint: str = flag("best", "which of its adapters: best, last or a step")
+    model: str | None = flag(None, "where the base is, if it has moved since")
+    data: Path | None = flag(None, "a JSONL file to evaluate on instead of the run's held-out examples")
+    max_examples: int | None = flag(None, "evaluate on the first N examples only", low=1)
+    generations: int = flag(3, "how many answers to show side by side", low=0)
+    max_new_tokens: int = flag(256, "longest answer, in tokens", low=1)
+    temperature: float = flag(0.0, "0 takes the likeliest token every time", low=0)
+    top_p: float = flag(1.0, "draw from the likeliest tokens that together reach this probability", low=0, high=1)
+    device: str = flag("auto", "cpu, cuda or cuda:N; auto: cuda where there is one")
+    seed: int = flag(0, "of the draws", low=0, high=2**31 - 1)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    run: Path | None = flag(None, "the run to merge (default: the newest finished one)")
+    checkpoint: str = flag("best", "which of its adapters: best, last or a step")
+    model: str | None = flag(None, "where the base is, if it has moved since")
+    out: Path | None = flag(None, "the folder to write (default: merged/<run>)")
+    dtype: Literal["bf16", "fp16"] = flag("bf16", "of the merged weights")
+    max_examples: int = flag(64, "compare on this many held-out examples", low=1)
+    device: str = flag("auto", "cpu, cuda or cuda:N; auto: cuda where there is one")
+
+
+@dataclass(frozen=True)
 class Level:
     """Lists of words of one CEFR level; the words are split before lists are made (data.py)."""
 
@@ -315,6 +341,9 @@ def _read_toml(path: Path, problems: list[UserError]) -> dict[str, Any]:
 def training_preset(values: dict[str, Any]) -> dict[str, Any]:
     """The recipe of the level that was chosen; and the checks across settings, all at once."""
     problems = []
+    if values.get("resume") and (others := values.keys() - {"resume", "run_dir"}):
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
+        problems.append(UserError("a resumed run keeps its settings", flags, "leave them out, or start a new run"))
     level, data = values.get("level"), values.get("data")
     if level is not None and level not in LEVELS:
         problems.append(UserError(f"there is no level {level!r}", "--level", f"give one of {', '.join(LEVELS)}"))

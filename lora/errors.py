@@ -5,6 +5,12 @@ mends a file one line at a time. The scripts print each as `error: <what> (<wher
 2.
 """
 
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """One or more problems, each a line `<what> (<where>): <how to mend>`.
@@ -17,9 +23,25 @@ class UserError(Exception):
         super().__init__(self.problems[0])
 
     @classmethod
-    def all(cls, errors: "list[UserError]") -> "UserError":
+    def all(cls, errors: list[UserError]) -> UserError:
         """Several errors (at least one) as one, in the order they were found."""
         joined = cls.__new__(cls)
         joined.problems = [problem for error in errors for problem in error.problems]
         Exception.__init__(joined, "\n".join(joined.problems))
         return joined
+
+
+def exit_code(main: Callable[[list[str]], int]) -> int:
+    """Runs a script's `main` on the command line: its result, or 2 after printing what the user can mend."""
+    argv = sys.argv[1:]
+    try:
+        return main(argv)
+    except UserError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

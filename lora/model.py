@@ -181,12 +181,13 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """ids -> normalised hidden states; `head` turns rows of them into logits.
 
-    `recompute` trades time for memory: each block keeps only its input and runs again in the backward pass.
+    dtype      what is computed in; weights kept in another one are converted where they are used
+    recompute  trades time for memory: each block keeps only its input and runs again in the backward pass
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.model = Decoder(config)
         self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
         self.recompute = False
@@ -198,7 +199,7 @@ class Llama(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids and positions int64 [T] -> [T, hidden]."""
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens(ids).to(self.dtype)
         angles = positions[:, None].float() * rope_frequencies(self.config).to(positions.device)
         cos, sin = angles.cos(), angles.sin()
         for block in self.model.layers:

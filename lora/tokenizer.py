@@ -54,7 +54,7 @@ import sentencepiece
 import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from lora.errors import UserError
 
@@ -85,7 +85,7 @@ class Tokenizer:
         named = {
             key: value["content"] if isinstance(value, dict) else value
             for key, value in config.items()
-            if key.endswith("_token") and isinstance(value, str | dict)
+            if key.endswith("_token") and value and isinstance(value, str | dict)
         }
         for key in ("bos_token", "eos_token"):
             if key in named and backend.token_to_id(named[key]) is None:
@@ -95,11 +95,13 @@ class Tokenizer:
         self.bos_id = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
         self.eos_id = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
 
-        # They are special even where tokenizer.json lists them as ordinary pieces.
+        # They are special, even where tokenizer.json has them as ordinary pieces.
         listed = {token.content for token in backend.get_added_tokens_decoder().values()}
         pieces = [text for text in named.values() if text not in listed and backend.token_to_id(text) is not None]
         backend.add_special_tokens(pieces)
-        self.special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = {
+            id for id, token in backend.get_added_tokens_decoder().items() if token.special or id == self.eos_id
+        }
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
         # A tokenizer.json may carry a length at which it cuts, or to which it pads, without a word.
@@ -166,8 +168,9 @@ class Tokenizer:
         _check_messages(messages, name)
         text = self.render(messages, name=name)
         encoding = self.backend.encode(text, add_special_tokens=False)
-        front = self._missing_bos(encoding.ids, name)
-        ids = front + encoding.ids
+        own_ids, offsets = encoding.ids, encoding.offsets  # each look at these attributes copies the list: look once
+        front = self._missing_bos(own_ids, name)
+        ids = front + own_ids
         if loss_on == "full":  # the first token, BOS or not, has nothing before it to be predicted from
             if len(ids) < 2:
                 raise UserError("the chat template writes nothing to learn", name, "take the example out")
@@ -178,7 +181,7 @@ class Tokenizer:
             raise UserError("no assistant turn, so nothing to learn", name, "add the answer, or use --loss-on full")
         mask = [False] * len(ids)
         for i in answers[-1:] if loss_on == "last" else answers:
-            for position in self._answer(messages, i, text, encoding, name):
+            for position in self._answer(messages, i, text, own_ids, offsets, name):
                 mask[len(front) + position] = True
         return ChatIds(ids, mask)
 
@@ -188,8 +191,11 @@ class Tokenizer:
         ids = self.encode(self.render(messages, add_generation_prompt=True, name=name))
         return self._missing_bos(ids, name) + ids
 
-    def _answer(self, messages: list[dict], i: int, text: str, encoding: Encoding, name: str) -> range:
-        """The tokens of assistant turn i in the encoded `text` of the conversation, the end token included."""
+    def _answer(self, messages: list[dict], i: int, text: str, ids: list[int], offsets: list, name: str) -> range:
+        """The tokens of assistant turn i, its end token included, in the `ids` of the whole `text`.
+
+        offsets: the (begin, end) of each token in the text, in characters
+        """
         where = f"{name}, message {i + 1}"
         if i == 0:
             how = "put a user turn before it, or use --loss-on last or full"
@@ -200,11 +206,11 @@ class Tokenizer:
             what = "this chat template cannot be masked: it writes the turn otherwise in another place"
             raise UserError(what, where, "use --loss-on last or full, or another template (chat_template.jinja)")
 
-        begins = [begin for begin, _ in encoding.offsets]
+        begins = [begin for begin, _ in offsets]
         first, stop = bisect_left(begins, len(given)), bisect_left(begins, len(turn_end))
-        last = max((k for k in range(first, stop) if encoding.ids[k] in self.special_ids), default=None)
+        last = max((k for k in range(first, stop) if ids[k] in self.special_ids), default=None)
         # The end token ends the turn: a special token inside the answer does not count as one.
-        if last is None or text[encoding.offsets[last][1] : len(turn_end)].strip():
+        if last is None or text[offsets[last][1] : len(turn_end)].strip():
             what = "this chat template writes no end token after an answer, so the model would never learn to stop"
             raise UserError(what, where, "give a template that does, as chat_template.jinja in the model's folder")
         if not text[len(given) : begins[last]].strip():
@@ -236,7 +242,7 @@ def _check_messages(messages: list[dict], name: str) -> None:
             errors.append(UserError("a message has no role", where, 'give "system", "user" or "assistant"'))
         if not isinstance(message.get("content"), str):
             errors.append(UserError("the content is not a text", where, 'give "content" as a string'))
-        elif re.search("[\ud800-\udfff]", message["content"]):
+        elif re.search(r"[\ud800-\udfff]", message["content"]):
             errors.append(UserError("the content has half a surrogate pair", where, "write the character whole"))
     if errors:
         raise UserError.all(errors)

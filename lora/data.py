@@ -1,0 +1,364 @@
+"""From files to steps: conversations -> examples (ids and loss mask) -> the plan of a run -> packed micro-batches.
+
+Two sources. A *level* is a table of words with sentences (data/<level>.tsv), made into lists: ten words in the prompt,
+ten numbered sentences in the answer. Words are split into train and held-out before any list is made, by a hash of the
+word, so no seed moves the split and no held-out word is ever a list word in training. A *file* is JSONL, one
+conversation a line; without a file to evaluate on, 5 % of its prompts are held out by a hash of the prompt, so that one
+prompt with many answers stays on one side.
+
+A step is a set of examples, not a shape. The plan says which; `pack_examples` cuts them into rows under a token budget,
+back to back, with no padding. The plan is a pure function of (examples, settings, seed), so to resume at a step is to
+know its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora.config import LEVELS, DataConfig, Level, OptimConfig
+from lora.errors import UserError
+from lora.tokenizer import Tokenizer
+
+DATA = Path(__file__).parent.parent / "data"
+HELD_OUT = 0.05  # of the prompts of a file
+HELD_OUT_WORDS, HELD_OUT_WORDS_AT_LEAST = 0.1, 20
+_SHOWN = 20  # problems of one file told at once
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """messages [{"role", "content"}, ...] and a name that finds it again: "chat.jsonl line 7", "a1 train list 3"."""
+
+    name: str
+    messages: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """ids of a whole conversation, and which of them are learnt (never the first: nothing predicts it)."""
+
+    name: str
+    ids: list[int]
+    mask: list[bool]
+
+    @property
+    def supervised(self) -> int:
+        return sum(self.mask[1:])
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+# --- levels -----------------------------------------------------------------------------------------------------------
+
+
+def read_words(path: Path) -> dict[str, list[str]]:
+    """word -> its sentences, from a TSV with the columns word, pos, sentence."""
+    words: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        word, _, sentence = line.split("\t")
+        words.setdefault(word, []).append(sentence)
+    return words
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Train and held-out words: the tenth with the smallest hashes is held out, and 20 words at least."""
+    held_out = max(HELD_OUT_WORDS_AT_LEAST, round(HELD_OUT_WORDS * len(words)))
+    by_hash = sorted(words, key=_hash)
+    return sorted(by_hash[held_out:]), sorted(by_hash[:held_out])
+
+
+def make_lists(words: dict[str, list[str]], chosen: list[str], n: int, level: Level, seed: int) -> list[list[tuple]]:
+    """n different lists of (word, sentence) pairs, dealt like cards: a word comes again when (nearly) all have come."""
+    rng = np.random.default_rng(seed)
+    lists: list[list[tuple]] = []
+    seen, deck = set(), []
+    while len(lists) < n:
+        if len(deck) < level.list_size:
+            deck = [str(word) for word in rng.permutation(chosen)]
+        hand, deck = deck[: level.list_size], deck[level.list_size :]
+        if (key := frozenset(hand)) not in seen:
+            seen.add(key)
+            lists.append([(word, words[word][rng.integers(len(words[word]))]) for word in hand])
+    return lists
+
+
+def list_conversation(name: str, level: str, pairs: list[tuple[str, str]]) -> Conversation:
+    """A list of words as a question and its sentences as the answer, both numbered."""
+    words = "\n".join(f"{number}. {word}" for number, (word, _) in enumerate(pairs, 1))
+    sentences = "\n".join(f"{number}. {sentence}" for number, (_, sentence) in enumerate(pairs, 1))
+    ask = f"Write one simple English sentence at CEFR level {level.upper()} for each of these words."
+    return Conversation(
+        name, [{"role": "user", "content": f"{ask}\n\n{words}"}, {"role": "assistant", "content": sentences}]
+    )
+
+
+def level_conversations(name: str, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """Train and eval lists of a level. `seed` moves the train lists; words and eval lists are fixed."""
+    level = LEVELS[name]
+    words = read_words(DATA / f"{name}.tsv")
+    train, held_out = split_words(list(words))
+    made = []
+    for kind, chosen, n, draw in (("train", train, level.train_lists, seed), ("eval", held_out, level.eval_lists, 0)):
+        lists = make_lists(words, chosen, n, level, draw)
+        made.append([list_conversation(f"{name} {kind} list {i}", name, pairs) for i, pairs in enumerate(lists, 1)])
+    return made[0], made[1]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path) -> list[Conversation]:
+    """The conversations of a JSONL file; UserError lists the lines that are none."""
+    conversations, problems = [], []
+    how = 'write {"messages": [{"role": "user", "content": "..."}, ...]}'
+    with path.open(encoding="utf-8") as file:
+        try:
+            lines = list(file)
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8: {error}", str(path), "save the file as UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name = f"{path.name} line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(UserError(f"not JSON: {error.msg}", name, how))
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+            problems.append(UserError("no list called messages", name, how))
+        else:
+            conversations.append(Conversation(name, row["messages"]))
+    if not conversations and not problems:
+        problems.append(UserError("no examples", str(path), how))
+    _raise(problems)
+    return conversations
+
+
+def _raise(problems: list[UserError]) -> None:
+    if len(problems) > _SHOWN:
+        more = UserError(f"and {len(problems) - _SHOWN} more problems", "the same file", "mend these first")
+        problems = [*problems[:_SHOWN], more]
+    if problems:
+        raise UserError.all(problems)
+
+
+def _prompt(conversation: Conversation) -> str:
+    """Everything before the first answer, as one string."""
+    turns = []
+    for message in conversation.messages:
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            break
+        turns.append(message)
+    return json.dumps(turns, sort_keys=True)
+
+
+def split_conversations(conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """Train and held-out conversations: the 5 % of prompts with the smallest hashes, one at least, are held out."""
+    prompts = sorted({_prompt(conversation) for conversation in conversations}, key=_hash)
+    held_out = set(prompts[: max(1, round(HELD_OUT * len(prompts)))])
+    train = [c for c in conversations if _prompt(c) not in held_out]
+    if not train:
+        raise UserError("all examples have one prompt, so none can be held out", "--data", "give a file to --eval-data")
+    return train, [c for c in conversations if _prompt(c) in held_out]
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """What happened to examples longer than max_length."""
+
+    dropped: int
+    truncated: int
+
+
+def encode(
+    conversations: list[Conversation], tokenizer: Tokenizer, config: DataConfig
+) -> tuple[list[Example], Overlong]:
+    """Conversations -> examples of at most config.max_length tokens; UserError lists every one that cannot be one."""
+    examples, problems = [], []
+    dropped = truncated = 0
+    for conversation in conversations:
+        try:
+            chat = tokenizer.chat(conversation.messages, config.loss_on, conversation.name)
+        except UserError as error:
+            problems.append(error)
+            continue
+        ids, mask = chat.ids, chat.mask
+        if len(ids) > config.max_length:
+            if config.overlong == "error":
+                what = f"{len(ids)} tokens are more than {config.max_length}"
+                problems.append(UserError(what, conversation.name, "shorten it, or raise --max-length"))
+                continue
+            ids, mask = ids[: config.max_length], mask[: config.max_length]
+            # Cut before its first supervised token, an example teaches nothing.
+            if config.overlong == "drop" or not any(mask[1:]):
+                dropped += 1
+                continue
+            truncated += 1
+        examples.append(Example(conversation.name, ids, mask))
+    _raise(problems)
+    return examples, Overlong(dropped, truncated)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    train: list[Example]
+    eval: list[Example]
+    train_overlong: Overlong
+    eval_overlong: Overlong
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over ids and masks of all examples: two runs with the same hash saw the same data."""
+        digest = hashlib.sha256()
+        for example in (*self.train, *self.eval):
+            digest.update(np.array(example.ids, "<i4").tobytes() + np.array(example.mask, "u1").tobytes())
+        return digest.hexdigest()
+
+
+def load_conversations(config: DataConfig, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """Train and held-out conversations, as --level, --data and --eval-data name them."""
+    if config.level is not None:
+        train, held_out = level_conversations(config.level, seed)
+    else:
+        train, held_out = read_jsonl(config.data), []
+        if config.eval_data is None:
+            train, held_out = split_conversations(train)
+    return train, held_out if config.eval_data is None else read_jsonl(config.eval_data)
+
+
+def load_dataset(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Dataset:
+    """The examples of a training run; UserError if no length limit leaves any."""
+    encoded = [encode(conversations, tokenizer, config) for conversations in load_conversations(config, seed)]
+    for kind, (examples, _) in zip(("training", "held-out"), encoded, strict=True):
+        if not examples:
+            what = f"no {kind} example has {config.max_length} tokens or fewer"
+            raise UserError(what, "--max-length", "raise it, or say --overlong truncate")
+    (train, train_overlong), (held_out, eval_overlong) = encoded
+    return Dataset(train, held_out, train_overlong, eval_overlong)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """The examples of one optimiser step, and how many epochs are behind when it is done."""
+
+    examples: list[int]
+    epoch: float
+
+
+def plan(examples: Sequence[Example], config: OptimConfig, seed: int) -> list[Step]:
+    """All steps of a run. Each epoch is a permutation of the examples drawn from (seed, epoch), cut into steps.
+
+    A step has batch_size * grad_accum examples, or with step_tokens as many as reach that many tokens; the last one of
+    an epoch may be smaller.
+    """
+    steps: list[Step] = []
+    for epoch in range(math.ceil(config.epochs)):
+        order = np.random.default_rng((seed, epoch)).permutation(len(examples)).tolist()
+        cuts = _cut(order, examples, config)
+        share = min(1.0, config.epochs - epoch)
+        done = 0
+        for chunk in cuts[: math.ceil(share * len(cuts))]:
+            done += len(chunk)
+            steps.append(Step(chunk, epoch + done / len(examples)))
+    return steps[: config.max_steps]
+
+
+def _cut(order: list[int], examples: Sequence[Example], config: OptimConfig) -> list[list[int]]:
+    if config.step_tokens is None:
+        size = config.batch_size * config.grad_accum
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    chunks, tokens = [], config.step_tokens
+    for index in order:
+        if tokens >= config.step_tokens:
+            chunks.append([])
+            tokens = 0
+        chunks[-1].append(index)
+        tokens += len(examples[index].ids)
+    return chunks
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Whole examples back to back in one row of T tokens.
+
+    names       of the examples
+    lengths     tokens of each
+    indices     int32 [T]: the number of the example that each token is from
+    ids         int64 [T]
+    positions   int64 [T]: restart at 0 with each example
+    targets     int64 [T]: the next token; 0 at the last one of an example, where it is never used
+    scored      bool [T]: there is a next token
+    supervised  bool [T]: ... and it is learnt
+    """
+
+    names: tuple[str, ...]
+    lengths: tuple[int, ...]
+    indices: Tensor
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    scored: Tensor
+    supervised: Tensor
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int(self.supervised.sum())
+
+
+def make_pack(indices: list[int], examples: Sequence[Example]) -> Pack:
+    """One pack of these examples, in this order, on the CPU."""
+    chosen = [examples[index] for index in indices]
+    lengths = [len(example.ids) for example in chosen]
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    ids = torch.tensor([token for example in chosen for token in example.ids])
+    mask = torch.tensor([learnt for example in chosen for learnt in example.mask])
+    scored = torch.ones(len(ids), dtype=torch.bool)
+    scored[ends] = False
+    return Pack(
+        names=tuple(example.name for example in chosen),
+        lengths=tuple(lengths),
+        indices=torch.tensor(indices, dtype=torch.int32).repeat_interleave(torch.tensor(lengths)),
+        ids=ids,
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        targets=ids.roll(-1).masked_fill(~scored, 0),
+        scored=scored,
+        supervised=mask.roll(-1) & scored,
+    )
+
+
+def pack_examples(indices: Sequence[int], examples: Sequence[Example], budget: int) -> list[Pack]:
+    """These examples in rows of at most `budget` tokens, or one example where it alone is longer.
+
+    Longest first, each into the first row with room for it (first-fit decreasing): within 11/9 of the fewest rows, and
+    equally long examples end up as neighbours, which attention can take as one batch.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(indices, key=lambda index: -len(examples[index].ids)):
+        length = len(examples[index].ids)
+        row = next((row for row, free in enumerate(room) if free >= length), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(budget)
+        rows[row].append(index)
+        room[row] -= length
+    return [make_pack(row, examples) for row in rows]

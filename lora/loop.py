@@ -1,0 +1,283 @@
+"""The training step, on one screen, and the loop around it.
+
+The loss of a step is the mean over *all* its supervised tokens. However the step is cut into micro-batches,
+
+    loss = sum over packs of (sum of token losses in the pack) / (supervised tokens in the step)
+
+so each pack adds its exact share of the gradient to the adapter's flat buffer, and one example at a time or all at once
+give the same step. (Averaging each micro-batch and then averaging the averages, as is often done, gives a token in a
+short micro-batch more weight than one in a long one.)
+
+Nothing here keeps a random generator: the order of the examples is a function of (seed, epoch), dropout of (seed, step,
+example, position, ...). So what a run must remember to go on exactly is small: the adapter, the optimiser and `State`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kernels
+from lora.adapter import Adapter
+from lora.checkpoint import checkpoints, export, load_adapter, load_state, new_folder, remove, save_adapter, save_state
+from lora.config import OptimConfig, RunConfig
+from lora.data import Dataset, Pack, Step, pack_examples
+from lora.evaluate import evaluate
+from lora.log import RunLog, memory
+from lora.model import Llama, packed
+from lora.optim import Optimiser, learning_rate
+
+
+class Diverged(Exception):
+    """The loss or its gradient is no longer a number; the message names the examples."""
+
+
+@dataclass
+class LossScale:
+    """fp16 holds no number under 6e-8, so the loss is multiplied by `factor` before backward and the gradient divided
+    by
+    it after. One that overflows halves the factor and the step is made again; 200 steps that do not double it."""
+
+    factor: float
+    good_steps: int = 0
+
+    def halve(self) -> None:
+        self.factor, self.good_steps = self.factor / 2, 0
+
+    def succeeded(self) -> None:
+        self.good_steps += 1
+        if self.good_steps == 200:
+            self.factor, self.good_steps = self.factor * 2, 0
+
+
+@dataclass
+class State:
+    """Where a run is: with the adapter and the optimiser, all that it needs to go on."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    worse_in_a_row: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    loss_factor: float = 1.0
+    loss_good_steps: int = 0
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def summed_loss(model: Llama, pack: Pack) -> Tensor:
+    """Sum of -log p(token) over the pack's supervised tokens, fp32 []; only their rows meet the head."""
+    device = model.head.device
+    rows = pack.supervised.nonzero().squeeze(1)
+    targets = pack.targets[rows].to(device)
+    hidden = model(pack.ids.to(device), pack.positions.to(device), packed(pack.lengths))
+    return kernels.linear_cross_entropy(hidden.index_select(0, rows.to(device)), model.head, targets)
+
+
+def token_keys(seed: int, step: int, pack: Pack) -> Tensor:
+    """The dropout key of every token, int32 [T]: a function of seed, step, example and position alone."""
+    keys = torch.full_like(pack.indices, seed)
+    for part in (step, pack.indices, pack.positions.int()):
+        keys = kernels.mix_keys(keys, part)
+    return keys
+
+
+def accumulate(model: Llama, adapter: Adapter, packs: Sequence[Pack], keys: Sequence[Tensor], scale: float):
+    """Fills adapter.grad with the gradient of (scale x the step's loss); returns loss and gradient norm, unscaled."""
+    supervised = sum(pack.supervised_tokens for pack in packs)
+    adapter.grad.zero_()
+    loss = torch.zeros((), device=adapter.grad.device)
+    for pack, pack_keys in zip(packs, keys, strict=True):
+        with adapter.dropping(pack_keys.to(loss.device)):
+            part = summed_loss(model, pack) / supervised
+            (part * scale).backward()
+        loss += part.detach()
+    return loss.item(), (adapter.grad.norm() / scale).item()
+
+
+def train_step(
+    model: Llama,
+    adapter: Adapter,
+    optimiser: Optimiser,
+    packs: Sequence[Pack],
+    keys: Sequence[Tensor],
+    lr: float,
+    max_grad_norm: float,
+    loss_scale: LossScale,
+) -> dict[str, float]:
+    """One optimiser step on the examples in `packs`: gradient, clipping by the global norm, AdamW."""
+    start = time.perf_counter()
+    loss, norm = accumulate(model, adapter, packs, keys, loss_scale.factor)
+    while math.isfinite(loss) and not math.isfinite(norm) and loss_scale.factor > 1:
+        loss_scale.halve()
+        loss, norm = accumulate(model, adapter, packs, keys, loss_scale.factor)
+    if not math.isfinite(loss + norm):
+        raise Diverged(f"loss {loss}, gradient norm {norm}, on {', '.join(not_finite(model, packs))}")
+    loss_scale.succeeded()
+    clip = min(1.0, max_grad_norm / (norm + 1e-6))
+    optimiser.step(lr, clip / loss_scale.factor)
+    adapter.refresh()
+    seconds = time.perf_counter() - start
+    tokens = sum(len(pack.ids) for pack in packs)
+    return {
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "supervised_tokens": sum(pack.supervised_tokens for pack in packs),
+        "tokens_per_s": tokens / seconds,
+        "step_s": seconds,
+    }
+
+
+@torch.no_grad()
+def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
+    """The names of the examples whose own loss is not a number; all of them if it shows on none alone."""
+    guilty = []
+    for pack in packs:
+        start = 0
+        for name, length in zip(pack.names, pack.lengths, strict=True):
+            rows = slice(start, start + length)
+            alone = Pack((name,), (length,), *(getattr(pack, part)[rows] for part in _TENSORS))
+            if not math.isfinite(summed_loss(model, alone).item()):
+                guilty.append(name)
+            start += length
+    return guilty or [name for pack in packs for name in pack.names]
+
+
+_TENSORS = ("indices", "ids", "positions", "targets", "scored", "supervised")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C or a polite kill adds to, instead of stopping the program; the second one does stop it."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save(run: Path, base: str, adapter: Adapter, optimiser: Optimiser, state: State, keep: int) -> None:
+    """A checkpoint of this moment; the best one so far becomes the run's adapter; older ones go, but not the best."""
+    folder = run / f"checkpoint-{state.step}"
+    with new_folder(folder) as aside:
+        save_adapter(aside, adapter.tensors(), adapter.config, base)
+        save_state(aside, optimiser.state, asdict(state))
+    if state.best_step == state.step:
+        export(folder, run)
+    steps = [step for step in checkpoints(run) if step != state.best_step]
+    for step in steps[:-keep]:
+        remove(run / f"checkpoint-{step}")
+
+
+def restore(run: Path, adapter: Adapter, optimiser: Optimiser) -> State:
+    """The newest checkpoint into adapter and optimiser; a run without one starts at step 0."""
+    there = checkpoints(run)
+    if not there:
+        return State()
+    folder = there[max(there)]
+    adapter.load(load_adapter(folder)[0])
+    tensors, meta = load_state(folder)
+    for name, tensor in optimiser.state.items():
+        tensor.copy_(tensors[name])
+    state = State(**meta)
+    if state.best_step in there:
+        # A kill between checkpoint and export leaves an older export behind.
+        export(there[state.best_step], run)
+    return state
+
+
+def train(
+    model: Llama,
+    adapter: Adapter,
+    optimiser: Optimiser,
+    data: Dataset,
+    steps: Sequence[Step],
+    state: State,
+    budget: int,
+    optim: OptimConfig,
+    settings: RunConfig,
+    run: Path,
+    base: str,
+) -> str:
+    """Runs `steps` from `state.step` on, in place; returns how it ended: "finished", "patience" or "interrupted".
+
+    budget: tokens in a pack. base: where the model is from, for the adapter's description. Raises Diverged, with
+    the last checkpoint as it was.
+    """
+    device = model.head.device
+    an_epoch = sum(step.epoch <= 1 for step in steps) or len(steps)
+    eval_every = settings.eval_every or min(50, an_epoch)
+    save_every = settings.save_every or eval_every
+    warmup = round(optim.warmup_ratio * len(steps)) if optim.warmup_steps is None else optim.warmup_steps
+    scale = LossScale(state.loss_factor, state.loss_good_steps)
+    log = RunLog(run, state.step, len(steps))
+    eval_packs = pack_examples(range(len(data.eval)), data.eval, budget)
+
+    def evaluated() -> float:
+        losses = evaluate(model, eval_packs)
+        epoch = steps[state.step - 1].epoch if state.step else 0.0
+        log.eval(state.step, {"epoch": epoch, "eval_loss": losses.response, "eval_loss_full": losses.full})
+        return losses.response
+
+    try:
+        with interrupts() as interrupted:
+            if state.step == 0:
+                evaluated()
+            while state.step < len(steps) and not (settings.patience and state.worse_in_a_row >= settings.patience):
+                step = steps[state.step]
+                packs = pack_examples(step.examples, data.train, budget)
+                keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
+                lr = learning_rate(state.step, len(steps), warmup, optim.schedule, optim.learning_rate)
+                try:
+                    values = train_step(model, adapter, optimiser, packs, keys, lr, optim.max_grad_norm, scale)
+                except Diverged as error:
+                    log.event(state.step, f"step {state.step + 1} stopped the run: {error}")
+                    raise
+                state.step += 1
+                state.tokens += values["tokens"]
+                state.supervised_tokens += values["supervised_tokens"]
+                state.seconds += values["step_s"]
+                state.loss_factor, state.loss_good_steps = scale.factor, scale.good_steps
+                log.train(state.step, {"epoch": step.epoch, **values, **memory(device)})
+
+                last = state.step == len(steps)
+                better = False
+                if last or state.step % eval_every == 0:
+                    loss = evaluated()
+                    better = state.best_loss is None or loss < state.best_loss
+                    state.worse_in_a_row = 0 if better else state.worse_in_a_row + 1
+                    if better:
+                        state.best_loss, state.best_step = loss, state.step
+                if last or better or interrupted or state.step % save_every == 0:
+                    log.sync()
+                    save(run, base, adapter, optimiser, state, settings.keep)
+                if interrupted and not last:
+                    log.event(state.step, "interrupted and saved")
+                    return "interrupted"
+            return "finished" if state.step == len(steps) else "patience"
+    finally:
+        log.close()

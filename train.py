@@ -1,0 +1,158 @@
+"""Trains a LoRA adapter: settings -> model, data, plan -> the loop in lora/loop.py -> a run folder.
+
+python train.py --level a1                     this project's word lists, with their recipe
+python train.py --data chat.jsonl              your own examples, a line each: {"messages": [...]}
+python train.py --resume                       go on with the newest run that was stopped
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lora.adapter import Adapter
+from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens
+from lora.config import Config, parse_training
+from lora.data import Dataset, Step, load_dataset, pack_examples, plan
+from lora.errors import UserError, exit_code
+from lora.hub import default_model, fetch
+from lora.log import memory_peak_gib, print_table
+from lora.loop import Diverged, State, restore, train
+from lora.model import Llama
+from lora.optim import build_optimiser, choose_optimiser
+from lora.run import Resolved, find_run, git_commit, new_run, read_run, versions, write_card, write_config
+from lora.tokenizer import Tokenizer
+
+
+def main(argv: list[str]) -> int:
+    config = parse_training(argv, __doc__)
+    resumed: Resolved | None = None
+    if config.run.resume:
+        run = find_run(config.run.run_dir, finished=False)
+        config, resumed = read_run(run)
+        torch.set_num_threads(resumed.threads)
+        print(f"resuming {run}")
+    else:
+        run = new_run(config)
+    if config.run.deterministic:
+        # cuBLAS reads this when it starts: a fixed workspace makes its sums repeatable.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+    device = choose_device(resumed.device if resumed else config.base.device)
+    dtype = choose_dtype(config.base.dtype, device)
+    source = resumed.model if resumed else choose_model(config, device)
+    folder = fetch(source)
+    tokenizer = Tokenizer.load(folder, config.data.template_date)
+    data = load_dataset(config.data, tokenizer, config.run.seed)
+    steps = plan(data.train, config.optim, config.run.seed)
+    if resumed and data.hash != resumed.data_hash:
+        raise UserError("the examples are not those it began with", str(run), "bring the data back, or start a new run")
+
+    model = build_model(folder, config.base.quant, dtype, device)
+    model.recompute = config.optim.recompute == "block"
+    adapter = Adapter(model, config.lora, config.run.seed)
+    adapter.wrap(model)
+    name = choose_optimiser(resumed.optimizer if resumed else config.optim.optimizer, adapter.flat)
+    optimiser = build_optimiser(name, adapter.flat, adapter.grad, config.optim.weight_decay)
+    budget = resumed.micro_batch_tokens if resumed else config.optim.micro_batch_tokens
+    resolved = resumed or Resolved(
+        model=source,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        optimizer=name,
+        micro_batch_tokens=budget or choose_micro_batch_tokens(model, config.lora, model.recompute),
+        threads=torch.get_num_threads(),
+        data_hash=data.hash,
+    )
+    print_table(overview(run, resolved, config, model, adapter, data, steps))
+
+    run.mkdir(parents=True, exist_ok=True)
+    if not resumed:
+        for file in tokenizer.files:
+            shutil.copyfile(file, run / file.name)
+        write_config(run, config, resolved)
+    state = restore(run, adapter, optimiser) if resumed else State()
+    if dtype == torch.float16 and state.step == 0:
+        state = replace(state, loss_factor=2.0**16)
+    ending = "diverged"
+    try:
+        budget = resolved.micro_batch_tokens
+        ending = train(model, adapter, optimiser, data, steps, state, budget, config.optim, config.run, run, source)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+    finally:
+        write_card(run, card(ending, config, resolved, data, steps, state))
+    best = "no evaluation yet" if state.best_loss is None else f"best {state.best_loss:.4f} at step {state.best_step}"
+    print(f"{ending} after step {state.step} of {len(steps)}, {best}: {run}")
+    return {"interrupted": 130, "diverged": 1}.get(ending, 0)
+
+
+def choose_model(config: Config, device: torch.device) -> str:
+    """--model, or the default for this device, said aloud."""
+    if config.base.model is not None:
+        return config.base.model
+    name, reason = default_model(device.type == "cuda")
+    print(reason)
+    return name
+
+
+def overview(
+    run: Path, resolved: Resolved, config: Config, model: Llama, adapter: Adapter, data: Dataset, steps: list[Step]
+) -> dict[str, str]:
+    """What is about to happen, as a table."""
+    tokens = sum(len(example.ids) for example in data.train)
+    supervised = sum(example.supervised for example in data.train)
+    targeted = sum(math.prod(linear.shape) for linear in adapter.targets.values())
+    first = pack_examples(steps[0].examples, data.train, resolved.micro_batch_tokens)
+    used = sum(len(pack.ids) for pack in first) / (len(first) * resolved.micro_batch_tokens)
+    long, long_eval, optim = data.train_overlong, data.eval_overlong, config.optim
+    return {
+        "model": f"{resolved.model}, {config.base.quant} base, {resolved.dtype} on {resolved.device}",
+        "adapter": f"rank {config.lora.rank}, alpha {config.lora.alpha:g} on {len(adapter.targets)} linears",
+        "trainable": f"{len(adapter):,} parameters ({100 * len(adapter) / targeted:.1f} % of those linears)",
+        "examples": f"{len(data.train):,} to train on, {len(data.eval):,} held out",
+        "overlong": f"{long.dropped} dropped, {long.truncated} truncated; "
+        f"held out: {long_eval.dropped} dropped, {long_eval.truncated} truncated",
+        "tokens": f"{tokens:,} an epoch, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
+        "micro-batch": f"{resolved.micro_batch_tokens:,} tokens, {len(first)} a step, {100 * used:.0f} % of them used",
+        "steps": f"{len(steps)}, {steps[-1].epoch:g} epochs",
+        "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}, decay {optim.weight_decay:g}",
+        "run": str(run),
+    }
+
+
+def card(ending: str, config: Config, resolved: Resolved, data: Dataset, steps: list[Step], state: State) -> dict:
+    """What was really done."""
+    done = steps[: state.step]
+    return {
+        "finished": ending in ("finished", "patience"),
+        "ending": ending,
+        "steps": state.step,
+        "steps_planned": len(steps),
+        "epochs": done[-1].epoch if done else 0,
+        "examples": len(data.train),
+        "unique_examples_seen": len({index for step in done for index in step.examples}),
+        "eval_examples": len(data.eval),
+        "tokens": state.tokens,
+        "supervised_tokens": state.supervised_tokens,
+        "overlong": {"train": vars(data.train_overlong), "eval": vars(data.eval_overlong)},
+        "best_eval_loss": state.best_loss,
+        "best_step": state.best_step,
+        "seconds_in_steps": state.seconds,
+        "peak_memory_gib": memory_peak_gib(torch.device(resolved.device)),
+        "data_hash": data.hash,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        **vars(resolved),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
