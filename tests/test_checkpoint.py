@@ -12,7 +12,6 @@ from tiny import CONFIG, LLAMA3_ROPE, problems, tiny_config, tiny_folder, tiny_w
 
 from lora import checkpoint
 from lora.config import LINEARS, LoraConfig
-from lora.errors import UserError
 from lora.model import Llama3Rope, LlamaConfig
 
 PREFIX = "base_model.model.model.layers.0."
@@ -151,8 +150,8 @@ def test_read_config(tmp_path):
 
 def test_read_config_defaults(tmp_path):
     """What an old Llama's config.json leaves out: one key head a query head, head_dim from the width, untied."""
-    left_out = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters", "rms_norm_eps", "hidden_act")
-    config = checkpoint.read_config(write_config(tmp_path, **dict.fromkeys(left_out)))
+    left_out = ["num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters", "rms_norm_eps"]
+    config = checkpoint.read_config(write_config(tmp_path, **dict.fromkeys([*left_out, "hidden_act"])))
     assert (config.num_kv_heads, config.head_dim, config.tied) == (4, 16, False)
     assert (config.rope_theta, config.rope_scaling, config.rms_norm_eps) == (10000.0, None, 1e-6)
 
@@ -195,22 +194,19 @@ def test_read_config_problems(tmp_path):
         assert str(tmp_path / "config.json") in problem
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-        {"rope_parameters": {"rope_type": "default"}},
-        {"rope_parameters": "default"},
-        {"num_key_value_heads": 3},
-        {"hidden_size": 65, "head_dim": None},
-        {"head_dim": 15},
-    ],
-    ids=str,
-)
-def test_read_config_of_a_broken_folder(tmp_path, broken):
+def test_read_config_rope_without_theta(tmp_path):
+    config = checkpoint.read_config(write_config(tmp_path, rope_parameters={"rope_type": "default"}, rope_theta=3e4))
+    assert config.rope_theta == 3e4
+
+
+def test_read_config_of_a_broken_folder(tmp_path):
     """Numbers that are missing or cannot be true are told here, not met as a traceback later."""
-    with pytest.raises(UserError):
-        checkpoint.read_config(write_config(tmp_path, **broken))
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": None}
+    found = problems(checkpoint.read_config, write_config(tmp_path, rope_parameters=rope, num_key_value_heads=3))
+    wanted = ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "num_key_value_heads"]
+    assert len(found) == len(wanted)
+    for problem, word in zip(found, wanted, strict=True):
+        assert word in problem
 
 
 # --- stop ids and weights ---

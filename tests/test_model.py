@@ -117,6 +117,17 @@ def test_linears_that_share_an_input_are_called_together(model, monkeypatch):
     assert calls == [[f"model.layers.{layer}.{name}" for name in group] for layer in layers for group in groups]
 
 
+def test_each_layer_attends_as_itself(model):
+    calls = []
+
+    def attend(layer, q, k, v):
+        calls.append((layer, q.shape, k.shape, v.shape))
+        return q
+
+    model(random_ids((5,)), torch.arange(5), attend)
+    assert calls == [(layer, (5, 4, 16), (5, 2, 16), (5, 2, 16)) for layer in range(CONFIG["num_hidden_layers"])]
+
+
 def test_recompute_changes_nothing(tmp_path):
     """Loss and every gradient, dropout included, are equal to the bit when blocks run again in the backward pass."""
     model = load(tiny_folder(tmp_path, rope_parameters=LLAMA3_ROPE))

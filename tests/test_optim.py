@@ -10,13 +10,14 @@ from lora.optim import build_optimiser, choose_optimiser, learning_rate
 
 N, DECAY = 5 * 256, 0.1
 RATES = (1e-2, 3e-3, 1e-3, 2e-2, 5e-3)
+ALL = range(len(RATES))
 
 
 def numbers(seed: int, device: torch.device) -> torch.Tensor:
     return torch.randn(N, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def run(name: str, device: torch.device, steps=range(len(RATES)), start=None, grad_scale=1.0):
+def run(name: str, device: torch.device, steps: range = ALL, start=None, grad_scale=1.0):
     """Takes some of the steps, from `start` = (flat, state) if given -> the optimiser."""
     optimiser = build_optimiser(name, numbers(0, device), torch.zeros(N, device=device), DECAY)
     if start is not None:

@@ -187,6 +187,14 @@ def test_dropout_is_independent():
     assert correlation(square, mask[:-1, :-1]) < 5, "the mask is linear in token and channel"
 
 
+def test_mix_keys_never_meet(device):
+    """Small keys and values, such as seed and step, or layer and input: every pair has its own result."""
+    small = torch.arange(256, dtype=torch.int32, device=device)
+    mixed = reference.mix_keys(small[:, None], small)
+    assert len(mixed.unique()) == 256 * 256
+    assert torch.equal(mixed[:, 7], reference.mix_keys(small, 7))
+
+
 def test_dropout_is_a_function_of_the_key(device):
     """A token's mask is the same alone, in any pack, with more channels, and on every device."""
     keys = keys_of(7)
