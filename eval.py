@@ -50,11 +50,13 @@ def main(argv: list[str]) -> int:
     shown = conversations[: config.generations]
     prompts = [tokenizer.prompt(before_answer(c.messages), c.name) for c in shown]
 
-    def measure() -> tuple[Losses, list[str]]:
+    stops = stop_ids(folder)
+
+    def measure() -> tuple[Losses, list[dict[str, str | bool]]]:
         losses = evaluate(model, packs)
         options = (config.max_new_tokens, config.temperature, config.top_p, config.seed)
-        answers = generate(model, prompts, stop_ids(folder), *options) if prompts else []
-        return losses, [tokenizer.decode(answer.ids) for answer in answers]
+        answers = generate(model, prompts, stops, *options) if prompts else []
+        return losses, [{"text": tokenizer.decode(answer.ids), "stopped": answer.stopped} for answer in answers]
 
     tuned, tuned_answers = measure()
     with adapter.off(model):
@@ -66,7 +68,9 @@ def main(argv: list[str]) -> int:
     ]
     for answer in answers:
         print(f"\n--- {answer['name']}\n{answer['prompt'][-1]['content']}")
-        print(f"\n[base]\n{answer['base']}\n\n[tuned]\n{answer['tuned']}")
+        for side in ("base", "tuned"):
+            cut_off = "" if answer[side]["stopped"] else f", cut off after {config.max_new_tokens} tokens"
+            print(f"\n[{side}{cut_off}]\n{answer[side]['text']}")
     print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({overlong.dropped} too long left out)")
     print_table(
         {

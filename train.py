@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from lora.data import Dataset, Step, load_dataset, pack_examples, plan
 from lora.errors import UserError, exit_code
 from lora.hub import default_model, fetch
 from lora.log import memory_peak_gib, print_table
-from lora.loop import Diverged, State, restore, train
+from lora.loop import Diverged, LossScale, State, restore, train
 from lora.model import Llama
 from lora.optim import build_optimiser, choose_optimiser
 from lora.run import Resolved, find_run, git_commit, new_run, read_run, versions, write_card, write_config
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> int:
         write_config(run, config, resolved)
     state = restore(run, adapter, optimiser) if resumed else State()
     if dtype == torch.float16 and state.step == 0:
-        state = replace(state, loss_factor=2.0**16)
+        state.loss_scale = LossScale(16.0, moving=True)
     ending = "diverged"
     try:
         budget = resolved.micro_batch_tokens

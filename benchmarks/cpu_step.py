@@ -71,7 +71,7 @@ def ours(workload: str, quant: str, folder: Path):
     def step(examples: list[Example]) -> float:
         packs = pack_examples(range(len(examples)), examples, budget=4096)
         keys = [token_keys(0, 0, pack) for pack in packs]
-        return train_step(model, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale(1.0))["loss"]
+        return train_step(model, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
 
     return step
 

@@ -101,80 +101,92 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return SwiGLU.apply(gate, up)
 
 
-# Attention makes at most this many scores at a time, so that a long example costs time and not memory.
-_SCORES_AT_ONCE = 2**25
+# A tile of queries meets only the keys up to its last row, so a causal mask saves work and not only hides it, and a
+# long example never needs all its scores at once.
+_TILE = 64
+# Probabilities of examples up to this length are kept for backward, at most a quarter of what a block keeps anyway;
+# those of longer ones, which grow with the square of the length, are made again.
+_KEPT = 256
 
 
-def _blocks(q: Tensor, k: Tensor, lengths: Sequence[int]):
-    """The packed row as batches: (rows, n, length, queries a key head) for each run of n equal neighbours."""
+def _runs(lengths: Sequence[int]):
+    """The packed row as batches: (rows, n, length) for each run of n equally long neighbours."""
     start = 0
     for length, run in groupby(lengths):
         n = len(list(run))
-        yield slice(start, start + n * length), n, length, q.shape[1] // k.shape[1]
+        yield slice(start, start + n * length), n, length
         start += n * length
 
 
-def _split_heads(x: Tensor, n: int, length: int, kv_heads: int) -> Tensor:
-    """[n * length, kv_heads * G, D] -> [n * kv_heads, G * length, D]: the G queries of one key head become rows."""
-    x = x.view(n, length, kv_heads, -1, x.shape[-1])
-    return x.permute(0, 2, 3, 1, 4).reshape(n * kv_heads, -1, x.shape[-1])
+def _split_heads(x: Tensor, n: int, kv_heads: int) -> Tensor:
+    """[n * length, kv_heads * G, D] -> [n * kv_heads, G, length, D]: a batch for each key head, G query heads in it."""
+    x = x.view(n, len(x) // n, kv_heads, -1, x.shape[-1])
+    return x.permute(0, 2, 3, 1, 4).flatten(0, 1)
 
 
-def _join_heads(x: Tensor, n: int, length: int, kv_heads: int) -> Tensor:
+def _join_heads(x: Tensor, n: int) -> Tensor:
     """The inverse of `_split_heads`."""
-    x = x.view(n, kv_heads, -1, length, x.shape[-1])
-    return x.permute(0, 3, 1, 2, 4).reshape(n * length, -1, x.shape[-1])
+    x = x.unflatten(0, (n, -1))
+    return x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
 
-def _probabilities(q: Tensor, k: Tensor, length: int) -> Tensor:
-    """softmax(q k^T / sqrt(D)) under a causal mask. q [b, G * L, D], k [b, L, D] -> fp32 [b, G * L, L]."""
-    mask = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-    mask = mask.repeat(q.shape[1] // length, 1)[None]
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32)
+def _probabilities(q: Tensor, k: Tensor, first: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) of a tile whose first query is number `first`, scores in fp32, rounded once.
+
+    q [b, G, rows, D], k [b, first + rows, D] -> [b, G * rows, first + rows].
+    """
+    b, group, rows, width = q.shape
+    mask = torch.full((rows, first + rows), float("-inf"), device=q.device).triu_(first + 1).repeat(group, 1)
+    q = q.reshape(b, group * rows, width).float()
+    scores = torch.baddbmm(mask, q, k.float().transpose(1, 2), alpha=width**-0.5)
+    return torch.softmax(scores, dim=-1, out=scores).to(k.dtype)
 
 
 class Attention(torch.autograd.Function):
     """P = softmax(Q K^T / sqrt(D)), O = P V, inside each example.
 
     dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D).
-    Saved: q, k, v. P is made again, because it grows with the square of the length. Grouped queries need no copy of
-    keys or values: the G heads that share a key head stand under each other as rows of one matrix.
+    Saved: q, k, v, and P of short examples. Grouped queries need no copy of keys or values: the G heads that share a
+    key head stand under each other as rows of one matrix.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.lengths = lengths
-        out = torch.empty_like(q)
-        kv = k.shape[1]
-        for rows, n, length, group in _blocks(q, k, lengths):
-            qs, ks, vs = (_split_heads(x[rows], n, length, kv) for x in (q, k, v))
-            o = torch.empty_like(qs)
-            step = max(1, _SCORES_AT_ONCE // (group * length * length))
-            for some in (slice(i, i + step) for i in range(0, n * kv, step)):
-                o[some] = _probabilities(qs[some], ks[some], length).to(q.dtype) @ vs[some]
-            out[rows] = _join_heads(o, n, length, kv)
+        out, kept = torch.empty_like(q), []
+        for rows, n, length in _runs(lengths):
+            qs, ks, vs = (_split_heads(x[rows], n, k.shape[1]) for x in (q, k, v))
+            ks, vs, o = ks.squeeze(1), vs.squeeze(1), torch.empty_like(qs)
+            for a in range(0, length, _TILE):
+                tile, past = slice(a, a + _TILE), slice(0, min(a + _TILE, length))
+                p = _probabilities(qs[:, :, tile], ks[:, past], a)
+                o[:, :, tile] = (p @ vs[:, past]).view_as(o[:, :, tile])
+                if length <= _KEPT:
+                    kept.append(p)
+            out[rows] = _join_heads(o, n)
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
+        kept.reverse()
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        kv, scale = k.shape[1], q.shape[-1] ** -0.5
-        for rows, n, length, group in _blocks(q, k, ctx.lengths):
-            qs, ks, vs, do = (_split_heads(x[rows], n, length, kv) for x in (q, k, v, d_out))
-            dqs, dks, dvs = (torch.empty_like(x) for x in (qs, ks, vs))
-            step = max(1, _SCORES_AT_ONCE // (group * length * length))
-            for some in (slice(i, i + step) for i in range(0, n * kv, step)):
-                p = _probabilities(qs[some], ks[some], length)
-                dp = (do[some] @ vs[some].transpose(1, 2)).float()
-                ds = torch._softmax_backward_data(dp, p, -1, torch.float32).to(q.dtype)
-                dvs[some] = p.to(q.dtype).transpose(1, 2) @ do[some]
-                torch.baddbmm(dqs[some], ds, ks[some], beta=0, alpha=scale, out=dqs[some])
-                torch.baddbmm(dks[some], ds.transpose(1, 2), qs[some], beta=0, alpha=scale, out=dks[some])
-            for whole, part in ((dq, dqs), (dk, dks), (dv, dvs)):
-                whole[rows] = _join_heads(part, n, length, kv)
+        scale = q.shape[-1] ** -0.5
+        for rows, n, length in _runs(ctx.lengths):
+            qs, ks, vs, do = (_split_heads(x[rows], n, k.shape[1]) for x in (q, k, v, d_out))
+            ks, vs, dqs = ks.squeeze(1), vs.squeeze(1), torch.empty_like(qs)
+            dks, dvs = torch.zeros_like(ks, dtype=torch.float32), torch.zeros_like(vs, dtype=torch.float32)
+            for a in range(0, length, _TILE):
+                tile, past = slice(a, a + _TILE), slice(0, min(a + _TILE, length))
+                p = kept.pop() if length <= _KEPT else _probabilities(qs[:, :, tile], ks[:, past], a)
+                q_rows, do_rows = qs[:, :, tile].flatten(1, 2), do[:, :, tile].flatten(1, 2)
+                dvs[:, past] += p.transpose(1, 2) @ do_rows
+                ds = torch._softmax_backward_data(do_rows @ vs[:, past].transpose(1, 2), p, -1, p.dtype)
+                dqs[:, :, tile] = (ds @ ks[:, past] * scale).view_as(dqs[:, :, tile])
+                dks[:, past] += (ds.transpose(1, 2) @ q_rows) * scale
+            for whole, part in ((dq, dqs), (dk, dks.unsqueeze(1)), (dv, dvs.unsqueeze(1))):
+                whole[rows] = _join_heads(part, n)
         return dq, dk, dv, None
 
 
@@ -318,19 +330,22 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor
     hidden [S, n], head [vocabulary, n], targets int64 [S] -> fp32 [S]. With d_hidden [S, n], the gradient of the sum of
     losses is written there on the way: d logits = softmax - one_hot, d hidden = d logits @ head.
     """
+    head = head.to(hidden.dtype)
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    # One buffer for all rows: fresh pages would cost a CPU more than the arithmetic.
+    buffer = torch.empty(min(_LOGIT_ROWS, len(targets)), len(head), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
-        logits = (hidden[rows] @ head.t()).float()
         target = targets[rows, None]
+        logits = buffer[: len(target)].copy_(hidden[rows] @ head.t())
         target_logit = logits.gather(1, target)
         if d_hidden is None:
             losses[rows] = (torch.logsumexp(logits, dim=1, keepdim=True) - target_logit).squeeze(1)
             continue
-        # log sum exp = max - log(softmax at max): no second pass over the exponentials.
-        top, at = logits.max(dim=1, keepdim=True)
+        # The largest probability is exp(top - log sum exp): no second pass over the exponentials.
+        top = logits.amax(dim=1, keepdim=True)
         probability = torch.softmax(logits, dim=1, out=logits)
-        losses[rows] = (top - probability.gather(1, at).log() - target_logit).squeeze(1)
+        losses[rows] = (top - probability.amax(dim=1, keepdim=True).log() - target_logit).squeeze(1)
         probability.scatter_add_(1, target, torch.full_like(target_logit, -1.0))
         torch.mm(probability.to(hidden.dtype), head, out=d_hidden[rows])
     return losses

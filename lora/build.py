@@ -27,9 +27,12 @@ def choose_device(name: str) -> torch.device:
     """`--device` as a device that is really there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UserError("there is no such device", f"--device {name}", "give cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = f"there are {torch.cuda.device_count()} CUDA GPUs"
+        there = f"{torch.cuda.device_count()} CUDA GPUs are there"
         raise UserError(there, f"--device {name}", "give a device that is there, or auto")
     return device
 
@@ -86,6 +89,9 @@ def build_model(
             tensor = weights[name]
             if tensor.shape != shape:
                 problems.append(f"{name} is {list(tensor.shape)}, config.json says {list(shape)}")
+                continue
+            if tensor.dtype not in _DTYPES.values():
+                problems.append(f"{name} is {tensor.dtype}, not a 16- or 32-bit number")
                 continue
             if linear in linears:
                 made = NF4Linear.quantise(tensor) if quant == "nf4" else _plain(tensor.to(kept))

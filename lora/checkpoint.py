@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,12 @@ from lora.model import Llama3Rope, LlamaConfig
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+# Settings of PEFT's LoRA that change what an adapter computes, and that this trainer has not.
+_EXTRAS = (
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication", "lora_bias",
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
+    "monteclora_config", "arrow_config", "kasa_config",
+)  # fmt: skip
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,6 +69,8 @@ def _to_disk(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into; it appears under `path` when the `with` block ends, and not at all if that fails."""
     aside = path.parent / f".{path.name}.{os.getpid()}"
+    # A killed process may have had our number: in a container they repeat.
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
@@ -70,11 +79,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             file.chmod(0o755 if file.is_dir() else 0o644)
             _to_disk(file)
         _to_disk(aside)
+        old = None
         if path.exists():
-            # A name that is already taken holds the same checkpoint, written before a resume.
-            shutil.rmtree(path)
+            # A name that is already taken holds the same checkpoint, written before a resume: it too goes in one step.
+            old = path.rename(aside.with_name(aside.name + ".old"))
         aside.rename(path)
         _to_disk(path.parent)
+        if old:
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -106,8 +118,8 @@ def read_config(folder: Path) -> LlamaConfig:
     where = folder / "config.json"
     raw = read_json(where)
     # Two spellings: `rope_parameters` holds all since transformers 5, `rope_theta` and `rope_scaling` before.
-    old = {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta", 10000.0)}
-    rope = raw.get("rope_parameters") or old
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     problems = []
 
@@ -123,24 +135,23 @@ def read_config(folder: Path) -> LlamaConfig:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name in sizes:
         need(f"{name} is missing", isinstance(raw.get(name), int) and raw[name] > 0)
+    stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for name in stretch if kind == "llama3" else ():
+        need(f"{name} is missing from its rope", isinstance(rope.get(name), int | float))
+    heads = raw.get("num_attention_heads")
+    kv_heads = raw.get("num_key_value_heads") or heads
+    if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads:
+        need(f"num_key_value_heads {kv_heads} does not divide {heads} heads", heads % kv_heads == 0)
     if problems:
         raise UserError.all(problems)
-    scaling = None
-    if kind == "llama3":
-        scaling = Llama3Rope(
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope["original_max_position_embeddings"],
-        )
-    heads = raw["num_attention_heads"]
+    scaling = Llama3Rope(*(rope[name] for name in stretch)) if kind == "llama3" else None
     return LlamaConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        num_kv_heads=kv_heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=rope["rope_theta"],
@@ -162,7 +173,11 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, device: str = "cpu"):
         index = folder / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        names = ["model.safetensors"]
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if not names:
+                raise UserError("no weight_map", str(index), "fetch the file again")
         self._files: dict[str, Any] = {}
         for name in names:
             try:
@@ -212,14 +227,17 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
         tensors = load_file(folder / ADAPTER)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot be read: {error}", str(folder / ADAPTER), "give a whole adapter") from None
-    extras = ["use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication"]
-    problems = [f"{name} is set" for name in extras if raw.get(name)]
+    problems = [f"{name} is set" for name in _EXTRAS if raw.get(name)]
+    problems += [f"{name} is missing" for name in ("r", "lora_alpha") if not isinstance(raw.get(name), int | float)]
     if raw.get("peft_type") != "LORA":
         problems.append(f"an adapter of type {raw.get('peft_type')!r}, not LORA")
     if raw.get("bias", "none") != "none":
         problems.append("it trains biases")
-    found = {name.split(".")[-3] for name in tensors}
-    problems += [f"it holds {name}, which is no lora_A or lora_B of a linear" for name in sorted(found - set(LINEARS))]
+    found, strange = set(), []
+    for name in tensors:
+        linear = re.fullmatch(rf"{re.escape(_PREFIX)}.*\.({'|'.join(LINEARS)})\.lora_[AB]\.weight", name)
+        found.add(linear[1]) if linear else strange.append(name)
+    problems += [f"it holds {name}, which is no lora_A or lora_B of a linear" for name in sorted(strange)]
     if problems:
         how = "train plain LoRA on q, k, v, o, gate, up and down"
         raise UserError.all([UserError(problem, where, how) for problem in problems])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -193,22 +194,24 @@ def _convert(value: Any, kind: Any) -> Any:
             raise ValueError(f"one of {', '.join(options)}")
         return value
     if typing.get_origin(kind) is tuple:
-        items = value.split(",") if isinstance(value, str) else list(value)
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise ValueError("names")
         return tuple(item.strip() for item in items if item.strip())
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError("true or false")
         return value
     try:
-        if kind in (int, float) and isinstance(value, bool):
+        if isinstance(value, bool) or (kind in (str, Path) and not isinstance(value, str)):
             raise ValueError
         converted = kind(value)
         if kind is int and isinstance(value, float) and value != converted:
             raise ValueError
-        if converted != converted:
+        if kind is float and not math.isfinite(converted):
             raise ValueError
         return converted
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError({int: "a whole number", float: "a number"}.get(kind, "text")) from None
 
 
@@ -357,9 +360,6 @@ def training_preset(values: dict[str, Any]) -> dict[str, Any]:
     if wrong or values.get("target_modules") == ():
         what = f"no linear is called {', '.join(wrong)}" if wrong else "no linear was named"
         problems.append(UserError(what, "--target-modules", f"choose from {','.join(LINEARS)}"))
-    device = values.get("device", "auto")
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdecimal()):
-        problems.append(UserError(f"no device is called {device!r}", "--device", "give cpu, cuda or cuda:N"))
     for name in ("data", "eval_data"):
         if (path := values.get(name)) is not None and not Path(path).is_file():
             problems.append(UserError("no such file", f"--{name.replace('_', '-')} {path}", "give a JSONL file"))

@@ -1,9 +1,9 @@
 """From an adapter to a model that stands alone: fold, write, read back, and prove that it still says the same.
 
 The adapter is folded into the base's *16-bit* weights. Folding into the 4-bit weights that it was trained on and
-rounding again would write a third model, neither the base nor the one trained. How the sum is rounded is `adapter.round_unbiased`'s
-subject. What is lost is measured: the written folder is read back and compared, token by token in fp32 arithmetic, with the base plus the
-adapter unmerged.
+rounding again would write a third model, neither the base nor the one trained. How the sum is rounded to 16 bits is
+the subject of `adapter.round_unbiased`; what that loses is measured: the written folder is read back and compared,
+token by token in fp32 arithmetic, with the base plus the adapter unmerged.
 """
 
 from __future__ import annotations

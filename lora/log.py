@@ -9,8 +9,9 @@ units:
     eval_loss          the same over the held-out examples; eval_loss_full: over all their tokens
     lr, grad_norm      of the step; the norm before clipping
     tokens, supervised_tokens, step_s, tokens_per_s
-    mem_active_gib, mem_allocated_gib, mem_reserved_gib     peak so far on a GPU; on a CPU: the
-    resident size message            of an event
+    mem_active_gib, mem_allocated_gib, mem_reserved_gib
+                       peaks so far on a GPU; on a CPU all three are the resident size
+    message            of an event
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ METRICS = "metrics.jsonl"
 
 
 def resident_bytes() -> int:
-    """Memory this process holds now, as the operating system counts it; where it does not tell, the most it has held."""
+    """Memory this process holds now, as the system counts it; where it does not tell, the most it has held."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -2,11 +2,11 @@
 
 The loss of a step is the mean over *all* its supervised tokens. However the step is cut into micro-batches,
 
-    loss = sum over packs of (sum of token losses in the pack) / (supervised tokens in the step)
+    loss = (sum over packs of the sum of token losses in the pack) / (supervised tokens in the step)
 
-so each pack adds its exact share of the gradient to the adapter's flat buffer, and one example at a time or all at once
-give the same step. (Averaging each micro-batch and then averaging the averages, as is often done, gives a token in a
-short micro-batch more weight than one in a long one.)
+so each pack adds the gradient of its sum to the adapter's flat buffer, the division comes once at the end, and one
+example at a time or all at once give the same step. (Averaging each micro-batch and then averaging the averages, as is
+often done, gives a token in a short micro-batch more weight than one in a long one.)
 
 Nothing here keeps a random generator: the order of the examples is a function of (seed, epoch), dropout of (seed, step,
 example, position, ...). So what a run must remember to go on exactly is small: the adapter, the optimiser and `State`.
@@ -19,7 +19,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,20 +42,26 @@ class Diverged(Exception):
 
 @dataclass
 class LossScale:
-    """fp16 holds no number under 6e-8, so the loss is multiplied by `factor` before backward and the gradient divided
-    by
-    it after. One that overflows halves the factor and the step is made again; 200 steps that do not double it."""
+    """fp16 holds no number under 6e-8 and none over 65,504, so in fp16 the summed loss is multiplied by `factor` before
+    backward and the gradient divided by it after. A gradient that overflows halves the factor and the step is made
+    again; 200 steps that do not double it. Being powers of two, factors change no digits. Elsewhere it stays 1.
+    """
 
-    factor: float
+    factor: float = 1.0
     good_steps: int = 0
+    moving: bool = False
 
-    def halve(self) -> None:
+    def halve(self) -> bool:
+        """Whether there is a smaller factor to try; if so, takes it."""
+        if not self.moving or self.factor < 2**-14:
+            return False
         self.factor, self.good_steps = self.factor / 2, 0
+        return True
 
     def succeeded(self) -> None:
         self.good_steps += 1
-        if self.good_steps == 200:
-            self.factor, self.good_steps = self.factor * 2, 0
+        if self.moving and self.good_steps % 200 == 0:
+            self.factor *= 2
 
 
 @dataclass
@@ -69,8 +75,7 @@ class State:
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
-    loss_factor: float = 1.0
-    loss_good_steps: int = 0
+    loss_scale: LossScale = field(default_factory=LossScale)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -93,17 +98,16 @@ def token_keys(seed: int, step: int, pack: Pack) -> Tensor:
     return keys
 
 
-def accumulate(model: Llama, adapter: Adapter, packs: Sequence[Pack], keys: Sequence[Tensor], scale: float):
-    """Fills adapter.grad with the gradient of (scale x the step's loss); returns loss and gradient norm, unscaled."""
-    supervised = sum(pack.supervised_tokens for pack in packs)
+def accumulate(model: Llama, adapter: Adapter, packs: Sequence[Pack], keys: Sequence[Tensor], factor: float):
+    """Fills adapter.grad with the gradient of factor x (the sum of all token losses); returns that sum, fp32 []."""
     adapter.grad.zero_()
-    loss = torch.zeros((), device=adapter.grad.device)
+    total = torch.zeros((), device=adapter.grad.device)
     for pack, pack_keys in zip(packs, keys, strict=True):
-        with adapter.dropping(pack_keys.to(loss.device)):
-            part = summed_loss(model, pack) / supervised
-            (part * scale).backward()
-        loss += part.detach()
-    return loss.item(), (adapter.grad.norm() / scale).item()
+        with adapter.dropping(pack_keys.to(total.device)):
+            part = summed_loss(model, pack)
+            (part * factor).backward()
+        total += part.detach()
+    return total
 
 
 def train_step(
@@ -118,24 +122,26 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step on the examples in `packs`: gradient, clipping by the global norm, AdamW."""
     start = time.perf_counter()
-    loss, norm = accumulate(model, adapter, packs, keys, loss_scale.factor)
-    while math.isfinite(loss) and not math.isfinite(norm) and loss_scale.factor > 1:
-        loss_scale.halve()
-        loss, norm = accumulate(model, adapter, packs, keys, loss_scale.factor)
+    tokens, supervised = sum(len(pack.ids) for pack in packs), sum(pack.supervised_tokens for pack in packs)
+    while True:
+        total = accumulate(model, adapter, packs, keys, loss_scale.factor)
+        mean = 1 / (supervised * loss_scale.factor)
+        loss, norm = total.item() / supervised, adapter.grad.norm().item() * mean
+        if math.isfinite(norm) or not loss_scale.halve():
+            break
     if not math.isfinite(loss + norm):
         raise Diverged(f"loss {loss}, gradient norm {norm}, on {', '.join(not_finite(model, packs))}")
     loss_scale.succeeded()
     clip = min(1.0, max_grad_norm / (norm + 1e-6))
-    optimiser.step(lr, clip / loss_scale.factor)
+    optimiser.step(lr, clip * mean)
     adapter.refresh()
     seconds = time.perf_counter() - start
-    tokens = sum(len(pack.ids) for pack in packs)
     return {
         "loss": loss,
         "lr": lr,
         "grad_norm": norm,
         "tokens": tokens,
-        "supervised_tokens": sum(pack.supervised_tokens for pack in packs),
+        "supervised_tokens": supervised,
         "tokens_per_s": tokens / seconds,
         "step_s": seconds,
     }
@@ -203,7 +209,7 @@ def restore(run: Path, adapter: Adapter, optimiser: Optimiser) -> State:
     tensors, meta = load_state(folder)
     for name, tensor in optimiser.state.items():
         tensor.copy_(tensors[name])
-    state = State(**meta)
+    state = State(**meta | {"loss_scale": LossScale(**meta["loss_scale"])})
     if state.best_step in there:
         # A kill between checkpoint and export leaves an older export behind.
         export(there[state.best_step], run)
@@ -233,7 +239,6 @@ def train(
     eval_every = settings.eval_every or min(50, an_epoch)
     save_every = settings.save_every or eval_every
     warmup = round(optim.warmup_ratio * len(steps)) if optim.warmup_steps is None else optim.warmup_steps
-    scale = LossScale(state.loss_factor, state.loss_good_steps)
     log = RunLog(run, state.step, len(steps))
     eval_packs = pack_examples(range(len(data.eval)), data.eval, budget)
 
@@ -253,7 +258,9 @@ def train(
                 keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
                 lr = learning_rate(state.step, len(steps), warmup, optim.schedule, optim.learning_rate)
                 try:
-                    values = train_step(model, adapter, optimiser, packs, keys, lr, optim.max_grad_norm, scale)
+                    values = train_step(
+                        model, adapter, optimiser, packs, keys, lr, optim.max_grad_norm, state.loss_scale
+                    )
                 except Diverged as error:
                     log.event(state.step, f"step {state.step + 1} stopped the run: {error}")
                     raise
@@ -261,7 +268,6 @@ def train(
                 state.tokens += values["tokens"]
                 state.supervised_tokens += values["supervised_tokens"]
                 state.seconds += values["step_s"]
-                state.loss_factor, state.loss_good_steps = scale.factor, scale.good_steps
                 log.train(state.step, {"epoch": step.epoch, **values, **memory(device)})
 
                 last = state.step == len(steps)

@@ -66,7 +66,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     down by `factor`, one that turns more than high_freq_factor times is kept, and between them the two are blended
     linearly.
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
     if (scaling := config.rope_scaling) is None:
         return frequency
@@ -191,6 +191,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
         self.recompute = False
+        self.frequencies = rope_frequencies(config)
 
     @property
     def head(self) -> Tensor:
@@ -200,7 +201,8 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids and positions int64 [T] -> [T, hidden]."""
         x = self.model.embed_tokens(ids).to(self.dtype)
-        angles = positions[:, None].float() * rope_frequencies(self.config).to(positions.device)
+        self.frequencies = self.frequencies.to(ids.device)  # copied once, on the first call
+        angles = positions[:, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():

@@ -220,7 +220,9 @@ def test_overlong(tokenizer, overlong):
     config = DataConfig(max_length=limit, overlong=overlong)
     if overlong == "error":
         found = problems(encode, rows, tokenizer, config)
-        assert [str(len(example.ids)) in problem for example, problem in zip(whole[3:], found, strict=True)] == [True] * 2
+        assert [str(len(example.ids)) in problem for example, problem in zip(whole[3:], found, strict=True)] == [
+            True
+        ] * 2
         assert "long 0" in found[0]
         return
     examples, count = encode(rows, tokenizer, config)

@@ -98,10 +98,10 @@ def packed_qkv(draw, dtype, heads=6, kv_heads=2, d=10) -> dict[str, Tensor]:
 
 
 @dtypes
-@pytest.mark.parametrize("scores", [reference._SCORES_AT_ONCE, 2 * 3 * 7 * 7, 1], ids="scores{}".format)
+@pytest.mark.parametrize("scores", [reference._TILE, 2 * 3 * 7 * 7, 1], ids="scores{}".format)
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)], ids="{0[0]}q{0[1]}kv".format)
 def test_attention(draw, dtype, scores, heads, monkeypatch):
-    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", scores)
+    monkeypatch.setattr(reference, "_TILE", scores)
     inputs = packed_qkv(draw, dtype, *heads)
     compare(lambda q, k, v: reference.attention(q, k, v, LENGTHS), plain_attention, TOLERANCE[dtype], **inputs)
 

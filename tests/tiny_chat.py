@@ -1,10 +1,12 @@
 """A tiny chat model with a tokenizer as a Hugging Face folder, chats to train it on, and examples of random ids."""
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import tiny_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,7 +22,36 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the cat sat on a red mat and saw two birds in the old tree near our house every morning".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "red",
+    "mat",
+    "and",
+    "saw",
+    "two",
+    "birds",
+    "in",
+    "the",
+    "old",
+    "tree",
+    "near",
+    "our",
+    "house",
+    "every",
+    "morning",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_disk():
+    """Without fsync, which takes most of the time here, and which only a power cut could tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 def tiny_chat_folder(path: Path, **overrides) -> Path:
