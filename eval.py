@@ -12,11 +12,12 @@ from __future__ import annotations
 import sys
 
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, load_into
-from lora.checkpoint import stop_ids, write_json
+from lora.checkpoint import stop_ids
 from lora.config import EvalConfig, parse
 from lora.data import encode, load_conversations, pack_examples, read_jsonl
 from lora.errors import UserError, exit_code
 from lora.evaluate import Losses, evaluate
+from lora.files import write_json
 from lora.generate import generate
 from lora.hub import fetch
 from lora.log import print_table

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, is_quantised, load_into
-from lora.checkpoint import new_folder
 from lora.config import MergeConfig, parse
 from lora.data import encode, load_conversations, pack_examples
 from lora.errors import UserError, exit_code
 from lora.export import MAX_KL, MIN_TOP1, Agreement, agreement, hidden_states, write_model
+from lora.files import new_folder
 from lora.hub import fetch
 from lora.run import adapter_folder, find_run, read_run
 from lora.tokenizer import Tokenizer

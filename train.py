@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
         # cuBLAS reads this when it starts: a fixed workspace makes its sums repeatable.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs, and half of the cost
 
     device = choose_device(resumed.device if resumed else config.base.device)
     dtype = choose_dtype(config.base.dtype, device)

@@ -1,8 +1,6 @@
 """Files in and out: base weights, adapters in PEFT's format, and what a run needs to go on after it was stopped.
 
-Everything is safetensors and JSON: loading a file never runs code. Nothing is ever half-written: a file or a folder is
-made under another name, forced to disk, and then renamed, which a file system does at once or not at all. So a kill at
-any moment leaves the last whole checkpoint, and at worst a stray folder whose name begins with a dot.
+Everything is safetensors and JSON: loading a file never runs code. A checkpoint appears whole or not at all (files.py).
 
     checkpoint-<step>/
       adapter_model.safetensors    every A and B, fp32, under PEFT's names
@@ -14,11 +12,9 @@ any moment leaves the last whole checkpoint, and at worst a stray folder whose n
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from torch import Tensor
 
 from lora.config import LINEARS, LoraConfig
 from lora.errors import UserError
+from lora.files import read_json, replace_file
 from lora.model import Llama3Rope, LlamaConfig
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -38,76 +35,6 @@ _EXTRAS = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
     "monteclora_config", "arrow_config", "kasa_config",
 )  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(error.strerror or str(error), str(path), "check the folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"not JSON: {error}", str(path), "mend the file or fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", str(path), "mend the file or fetch it again")
-    return value
-
-
-# --- writing: whole or not at all -------------------------------------------------------------------------------------
-
-
-def _to_disk(path: Path) -> None:
-    """Forces a file, or the entries of a folder, out of the operating system's caches."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into; it appears under `path` when the `with` block ends, and not at all if that fails."""
-    aside = path.parent / f".{path.name}.{os.getpid()}"
-    # A killed process may have had our number: in a container they repeat.
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in aside.rglob("*"):
-            # safetensors writes files that only their owner may read; a model is there to be served.
-            file.chmod(0o755 if file.is_dir() else 0o644)
-            _to_disk(file)
-        _to_disk(aside)
-        old = None
-        if path.exists():
-            # A name that is already taken holds the same checkpoint, written before a resume: it too goes in one step.
-            old = path.rename(aside.with_name(aside.name + ".old"))
-        aside.rename(path)
-        _to_disk(path.parent)
-        if old:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def replace_file(path: Path, source: Path) -> None:
-    """Copies `source` to `path` in one step: readers see the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.copyfile(source, aside)
-    _to_disk(aside)
-    aside.replace(path)
-    _to_disk(path.parent)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON object to a file in one step."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _to_disk(aside)
-    aside.replace(path)
-    _to_disk(path.parent)
 
 
 # --- base weights -----------------------------------------------------------------------------------------------------

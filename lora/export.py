@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora.checkpoint import read_json, write_json
 from lora.data import Pack
+from lora.files import read_json, write_json
 from lora.model import Llama, packed
 
 SHARD_BYTES = 5 * 10**9

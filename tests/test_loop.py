@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import load
 from tiny import run as forward
 from tiny_chat import (
-    quick_disk,  # noqa: F401
+    quick,  # noqa: F401
     random_examples,
     tiny_chat_folder,
     wrapped_adapter,

@@ -39,8 +39,9 @@ def test_adamw(device):
         theirs.step()
     mine = run("adamw", device)
     assert_close("flat", mine.flat, parameter, 1e-6)
-    for ours, key in (("m", "exp_avg"), ("v", "exp_avg_sq"), ("step", "step")):
-        assert_close(ours, mine.state[ours], theirs.state[parameter][key], 1e-6)
+    # On a GPU the fused kernel forms 1 - beta2 in fp32, which moves v by 1.3e-5 of itself.
+    for ours, key, tolerance in (("m", "exp_avg", 1e-6), ("v", "exp_avg_sq", 2e-5), ("step", "step", 0)):
+        assert_close(ours, mine.state[ours], theirs.state[parameter][key], tolerance)
 
 
 def test_adamw8bit_stays_close_to_adamw(device):

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_chat import tiny_chat_folder, write_chats
 
 import train
-from lora.checkpoint import checkpoints, new_folder
+from lora.checkpoint import checkpoints
 from lora.errors import exit_code
+from lora.files import new_folder
 from lora.log import read_metrics
 from lora.run import read_run
 
@@ -63,6 +65,7 @@ def child(argv: list[str], output: Path, last_disk_call: int | None) -> None:
 
         return wrapper
 
+    torch.set_num_threads(1)  # tiny tensors gain nothing from more
     os.fsync = lambda handle: None  # slow, and only a power cut could tell
     for name in DISK_CALLS:
         setattr(os, name, counted(getattr(os, name)))

@@ -47,11 +47,14 @@ WORDS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_disk():
-    """Without fsync, which takes most of the time here, and which only a power cut could tell."""
+def quick():
+    """One thread, since tiny tensors gain nothing from two; and no fsync, which only a power cut could tell."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+    torch.set_num_threads(threads)
 
 
 def tiny_chat_folder(path: Path, **overrides) -> Path:
