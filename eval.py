@@ -14,7 +14,7 @@ import sys
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, load_into
 from lora.checkpoint import stop_ids
 from lora.config import EvalConfig, parse
-from lora.data import encode, load_conversations, pack_examples, read_jsonl
+from lora.data import encode, held_out, pack_examples, read_jsonl
 from lora.errors import UserError, exit_code
 from lora.evaluate import Losses, evaluate
 from lora.files import write_json
@@ -30,17 +30,16 @@ def main(argv: list[str]) -> int:
     run = find_run(config.run, finished=True)
     trained, resolved = read_run(run)
     adapter_from = adapter_folder(run, config.checkpoint)
-    if config.data is None:
-        _, conversations = load_conversations(trained.data, trained.run.seed)
-    elif config.data.is_file():
-        conversations = read_jsonl(config.data)
-    else:
-        raise UserError("no such file", f"--data {config.data}", "give a JSONL file")
-    conversations = conversations[: config.max_examples]
     device = choose_device(config.device)
     folder = fetch(config.model or resolved.model)
     tokenizer = Tokenizer.load(folder, trained.data.template_date)
-    examples, overlong = encode(conversations, tokenizer, trained.data)
+    if config.data is None:
+        conversations, examples = held_out(trained.data, tokenizer, trained.run.seed, resolved.held_out_hash)
+    else:
+        conversations = read_jsonl(config.data)
+        examples, _ = encode(conversations, tokenizer, trained.data)
+    too_long = len(conversations) - len(examples)
+    examples = examples[: config.max_examples]
     if not examples:
         raise UserError("every example is longer than the run's --max-length", str(run), "give shorter ones to --data")
 
@@ -48,7 +47,8 @@ def main(argv: list[str]) -> int:
     adapter = load_into(model, adapter_from)
     budget = choose_micro_batch_tokens(model, adapter.config, recompute=False)
     packs = pack_examples(range(len(examples)), examples, budget)
-    shown = conversations[: config.generations]
+    answered = [c for c in conversations if before_answer(c.messages)]
+    shown = answered[: config.generations]
     prompts = [tokenizer.prompt(before_answer(c.messages), c.name) for c in shown]
 
     stops = stop_ids(folder)
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         for side in ("base", "tuned"):
             cut_off = "" if answer[side]["stopped"] else f", cut off after {config.max_new_tokens} tokens"
             print(f"\n[{side}{cut_off}]\n{answer[side]['text']}")
-    print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({overlong.dropped} too long left out)")
+    print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({too_long} too long left out)")
     print_table(
         {
             "": "    base   tuned  change",
@@ -97,8 +97,8 @@ def main(argv: list[str]) -> int:
 
 
 def before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The turns before the last answer."""
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    """The turns before the last answer; none, if there is no answer."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     return messages[:last]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, is_quantised, load_into
 from lora.config import MergeConfig, parse
-from lora.data import encode, load_conversations, pack_examples
+from lora.data import held_out, pack_examples
 from lora.errors import UserError, exit_code
 from lora.export import MAX_KL, MIN_TOP1, Agreement, agreement, hidden_states, write_model
 from lora.files import new_folder
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     device = choose_device(config.device)
     folder = fetch(config.model or resolved.model)
     tokenizer = Tokenizer.load(folder, trained.data.template_date)
-    _, conversations = load_conversations(trained.data, trained.run.seed)
-    examples, _ = encode(conversations[: config.max_examples], tokenizer, trained.data)
+    _, examples = held_out(trained.data, tokenizer, trained.run.seed, resolved.held_out_hash)
+    examples = examples[: config.max_examples]
     if is_quantised(folder):
         print(
             f"{folder} is 4-bit already: it is dequantised to {config.dtype} first, the original weights are not there"

@@ -18,7 +18,7 @@ import torch
 from lora.adapter import Adapter
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens
 from lora.config import Config, parse_training
-from lora.data import Dataset, Step, load_dataset, pack_examples, plan
+from lora.data import Dataset, Step, hash_of, load_dataset, pack_examples, plan
 from lora.errors import UserError, exit_code
 from lora.hub import default_model, fetch
 from lora.log import memory_peak_gib, print_table
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
         micro_batch_tokens=budget or choose_micro_batch_tokens(model, config.lora, model.recompute),
         threads=torch.get_num_threads(),
         data_hash=data.hash,
+        held_out_hash=hash_of(data.eval),
     )
     print_table(overview(run, resolved, config, model, adapter, data, steps))
 
@@ -78,14 +79,15 @@ def main(argv: list[str]) -> int:
         for file in tokenizer.files:
             shutil.copyfile(file, run / file.name)
         write_config(run, config, resolved)
-    state = restore(run, adapter, optimiser) if resumed else State()
+    state = restore(run, adapter, optimiser, config.run.keep) if resumed else State()
     if dtype == torch.float16 and state.step == 0:
         state.loss_scale = LossScale(16.0, moving=True)
-    ending = "diverged"
+    ending = "failed"
     try:
         budget = resolved.micro_batch_tokens
         ending = train(model, adapter, optimiser, data, steps, state, budget, config.optim, config.run, run, source)
     except Diverged as error:
+        ending = "diverged"
         print(f"error: {error}", file=sys.stderr)
     finally:
         write_card(run, card(ending, config, resolved, data, steps, state))

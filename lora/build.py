@@ -27,8 +27,8 @@ def choose_device(name: str) -> torch.device:
     """`--device` as a device that is really there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()):
+    kind, _, index = name.partition(":")
+    if name not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise UserError("there is no such device", f"--device {name}", "give cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

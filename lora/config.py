@@ -75,7 +75,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    epochs: float = flag(3, "passes over the training examples", low=0)
+    epochs: float = flag(3, "passes over the training examples", low=1e-6)
     max_steps: int | None = flag(None, "stop after this many steps, whatever --epochs says", low=1)
     batch_size: int = flag(16, "examples a step = batch_size x grad_accum; only the product matters", low=1)
     grad_accum: int = flag(1, "see --batch-size; how a step is cut up is --micro-batch-tokens", low=1)
@@ -133,7 +133,7 @@ class EvalConfig:
     generations: int = flag(3, "how many answers to show side by side", low=0)
     max_new_tokens: int = flag(256, "longest answer, in tokens", low=1)
     temperature: float = flag(0.0, "0 takes the likeliest token every time", low=0)
-    top_p: float = flag(1.0, "draw from the likeliest tokens that together reach this probability", low=0, high=1)
+    top_p: float = flag(1.0, "draw from the likeliest tokens that together reach this probability", low=1e-6, high=1)
     device: str = flag("auto", "cpu, cuda or cuda:N; auto: cuda where there is one")
     seed: int = flag(0, "of the draws", low=0, high=2**31 - 1)
 

@@ -16,9 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from torch import Tensor
 from lora.config import LEVELS, DataConfig, Level, OptimConfig
 from lora.errors import UserError
 from lora.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 DATA = Path(__file__).parent.parent / "data"
 HELD_OUT = 0.05  # of the prompts of a file
@@ -122,11 +126,13 @@ def read_jsonl(path: Path) -> list[Conversation]:
     """The conversations of a JSONL file; UserError lists the lines that are none."""
     conversations, problems = [], []
     how = 'write {"messages": [{"role": "user", "content": "..."}, ...]}'
-    with path.open(encoding="utf-8") as file:
-        try:
-            lines = list(file)
-        except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8: {error}", str(path), "save the file as UTF-8") from None
+    try:
+        # Windows editors put a byte order mark in front.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(error.strerror or str(error), str(path), "bring the file back, or name another") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8: {error}", str(path), "save the file as UTF-8") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -144,6 +150,19 @@ def read_jsonl(path: Path) -> list[Conversation]:
         problems.append(UserError("no examples", str(path), how))
     _raise(problems)
     return conversations
+
+
+def _gather(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """What the calls return; if some of them raise a UserError, all that they find, as one."""
+    results, problems = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise UserError.all(problems)
+    return results
 
 
 def _raise(problems: list[UserError]) -> None:
@@ -214,6 +233,14 @@ def encode(
     return examples, Overlong(dropped, truncated)
 
 
+def hash_of(examples: Iterable[Example]) -> str:
+    """SHA-256 over ids and masks."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array(example.ids, "<i4").tobytes() + np.array(example.mask, "u1").tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Dataset:
     train: list[Example]
@@ -224,32 +251,42 @@ class Dataset:
     @property
     def hash(self) -> str:
         """SHA-256 over ids and masks of all examples: two runs with the same hash saw the same data."""
-        digest = hashlib.sha256()
-        for example in (*self.train, *self.eval):
-            digest.update(np.array(example.ids, "<i4").tobytes() + np.array(example.mask, "u1").tobytes())
-        return digest.hexdigest()
+        return hash_of([*self.train, *self.eval])
 
 
 def load_conversations(config: DataConfig, seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Train and held-out conversations, as --level, --data and --eval-data name them."""
     if config.level is not None:
         train, held_out = level_conversations(config.level, seed)
-    else:
-        train, held_out = read_jsonl(config.data), []
-        if config.eval_data is None:
-            train, held_out = split_conversations(train)
-    return train, held_out if config.eval_data is None else read_jsonl(config.eval_data)
+        return train, held_out if config.eval_data is None else read_jsonl(config.eval_data)
+    if config.eval_data is None:
+        return split_conversations(read_jsonl(config.data))
+    train, held_out = _gather(partial(read_jsonl, path) for path in (config.data, config.eval_data))
+    return train, held_out
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Dataset:
     """The examples of a training run; UserError if no length limit leaves any."""
-    encoded = [encode(conversations, tokenizer, config) for conversations in load_conversations(config, seed)]
+    encoded = _gather(partial(encode, some, tokenizer, config) for some in load_conversations(config, seed))
     for kind, (examples, _) in zip(("training", "held-out"), encoded, strict=True):
         if not examples:
             what = f"no {kind} example has {config.max_length} tokens or fewer"
             raise UserError(what, "--max-length", "raise it, or say --overlong truncate")
     (train, train_overlong), (held_out, eval_overlong) = encoded
     return Dataset(train, held_out, train_overlong, eval_overlong)
+
+
+def held_out(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, data_hash: str
+) -> tuple[list[Conversation], list[Example]]:
+    """What a run was evaluated on, by its settings; UserError if that is not what its hash was taken of."""
+    _, conversations = load_conversations(config, seed)
+    examples, _ = encode(conversations, tokenizer, config)
+    if hash_of(examples) != data_hash:
+        # Other lines may hold out other prompts, and some of them were trained on.
+        where = str(config.eval_data or config.data or config.level)
+        raise UserError("the held-out examples are not those of the run", where, "bring the data back")
+    return conversations, examples
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -271,11 +308,14 @@ def plan(examples: Sequence[Example], config: OptimConfig, seed: int) -> list[St
     """
     steps: list[Step] = []
     for epoch in range(math.ceil(config.epochs)):
+        if config.max_steps is not None and len(steps) >= config.max_steps:
+            break
         order = np.random.default_rng((seed, epoch)).permutation(len(examples)).tolist()
         cuts = _cut(order, examples, config)
         share = min(1.0, config.epochs - epoch)
         done = 0
-        for chunk in cuts[: math.ceil(share * len(cuts))]:
+        # Rounded first, lest 2.1 epochs of ten steps be 2.1000000000000001 and so a step more.
+        for chunk in cuts[: math.ceil(round(share * len(cuts), 6))]:
             done += len(chunk)
             steps.append(Step(chunk, epoch + done / len(examples)))
     return steps[: config.max_steps]

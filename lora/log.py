@@ -74,7 +74,8 @@ class RunLog:
 
         path = run / METRICS
         if path.is_file():
-            kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
+            # At step 0 there is no checkpoint, and the first evaluation is made again.
+            kept = [json.dumps(line) + "\n" for line in read_metrics(run) if 0 < step >= line["step"]]
             aside = path.with_suffix(".part")
             aside.write_text("".join(kept), encoding="utf-8")
             aside.replace(path)

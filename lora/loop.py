@@ -15,6 +15,7 @@ example, position, ...). So what a run must remember to go on exactly is small: 
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -195,12 +196,20 @@ def save(run: Path, base: str, adapter: Adapter, optimiser: Optimiser, state: St
         save_state(aside, optimiser.state, asdict(state))
     if state.best_step == state.step:
         export(folder, run)
-    steps = [step for step in checkpoints(run) if step != state.best_step]
-    for step in steps[:-keep]:
+    tidy(run, state, keep)
+
+
+def tidy(run: Path, state: State, keep: int) -> None:
+    """Deletes all checkpoints but the best one and the latest `keep` others, and what a kill left half-done."""
+    for step in [step for step in checkpoints(run) if step != state.best_step][:-keep]:
         remove(run / f"checkpoint-{step}")
+    for folder in [*run.glob("checkpoint-*"), *run.glob(".checkpoint-*")]:
+        half_deleted = folder.name.removeprefix("checkpoint-").isdecimal() and not (folder / "meta.json").exists()
+        if half_deleted or folder.name.startswith("."):
+            shutil.rmtree(folder)
 
 
-def restore(run: Path, adapter: Adapter, optimiser: Optimiser) -> State:
+def restore(run: Path, adapter: Adapter, optimiser: Optimiser, keep: int) -> State:
     """The newest checkpoint into adapter and optimiser; a run without one starts at step 0."""
     there = checkpoints(run)
     if not there:
@@ -214,6 +223,7 @@ def restore(run: Path, adapter: Adapter, optimiser: Optimiser) -> State:
     if state.best_step in there:
         # A kill between checkpoint and export leaves an older export behind.
         export(there[state.best_step], run)
+    tidy(run, state, keep)
     return state
 
 
@@ -245,15 +255,22 @@ def train(
 
     def evaluated() -> float:
         losses = evaluate(model, eval_packs)
+        if not math.isfinite(losses.response + losses.full):
+            message = f"held-out loss {losses.response}, on {', '.join(not_finite(model, eval_packs))}"
+            log.event(state.step, f"the evaluation after step {state.step} stopped the run: {message}")
+            raise Diverged(message)
         epoch = steps[state.step - 1].epoch if state.step else 0.0
         log.eval(state.step, {"epoch": epoch, "eval_loss": losses.response, "eval_loss_full": losses.full})
         return losses.response
+
+    def out_of_patience() -> bool:
+        return settings.patience is not None and state.worse_in_a_row >= settings.patience
 
     try:
         with interrupts() as interrupted:
             if state.step == 0:
                 evaluated()
-            while state.step < len(steps) and not (settings.patience and state.worse_in_a_row >= settings.patience):
+            while state.step < len(steps) and not out_of_patience():
                 step = steps[state.step]
                 packs = pack_examples(step.examples, data.train, budget)
                 keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
@@ -279,7 +296,7 @@ def train(
                     state.worse_in_a_row = 0 if better else state.worse_in_a_row + 1
                     if better:
                         state.best_loss, state.best_step = loss, state.step
-                if last or better or interrupted or state.step % save_every == 0:
+                if last or better or interrupted or out_of_patience() or state.step % save_every == 0:
                     log.sync()
                     save(run, base, adapter, optimiser, state, settings.keep)
                 if interrupted and not last:

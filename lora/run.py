@@ -38,6 +38,7 @@ class Resolved:
     micro_batch_tokens: int
     threads: int
     data_hash: str
+    held_out_hash: str
 
 
 def new_run(config: Config) -> Path:
@@ -46,8 +47,8 @@ def new_run(config: Config) -> Path:
         if (folder / CONFIG).exists():
             how = "continue it with --resume, or give another folder"
             raise UserError("there is a run already", f"--run-dir {folder}", how)
-        if folder.exists() and not folder.is_dir():
-            raise UserError("not a folder", f"--run-dir {folder}", "give another name")
+        if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+            raise UserError("a file is in the way", f"--run-dir {folder}", "give another name")
         return folder
     name = config.data.level or config.data.data.stem
     folder, number = RUNS / name, 1

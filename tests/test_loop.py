@@ -356,7 +356,7 @@ def test_interrupt(folder, tmp_path, monkeypatch, number):
     assert read_metrics(run)[-1]["message"] == "interrupted and saved"
     monkeypatch.setattr(loop, "train_step", step)
     again, whole = Job.new(folder), Job.new(folder)
-    again.state = loop.restore(run, again.adapter, again.optimiser)
+    again.state = loop.restore(run, again.adapter, again.optimiser, keep=2)
     assert again.train(run, eval_every=2) == whole.train(tmp_path / "whole", eval_every=2) == "finished"
     assert torch.equal(again.adapter.flat, whole.adapter.flat)
 
