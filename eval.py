@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({too_long} too long left out)")
     print_table(
         {
-            "": "    base   tuned  change",
+            "": f"{'base':>12}{'tuned':>12}{'change':>12}",
             "loss, response": row(base.response, tuned.response),
             "perplexity, response": row(base.perplexity, tuned.perplexity),
             "loss, full text": row(base.full, tuned.full),
@@ -103,15 +103,13 @@ def before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def row(base: float, tuned: float) -> str:
-    return f"{base:8.4f}{tuned:8.4f}{100 * (tuned / base - 1):+7.1f} %"
+    """Two numbers and the change between them, aligned."""
+    return f"{base:12,.4f}{tuned:12,.4f}{100 * (tuned / base - 1):+10.1f} %"
 
 
 def as_dict(losses: Losses) -> dict[str, float]:
-    return {
-        **vars(losses),
-        "perplexity_response": losses.perplexity,
-        "perplexity_full": losses.perplexity_full,
-    }
+    """Losses with their perplexities, for eval.json."""
+    return {**vars(losses), "perplexity": losses.perplexity, "perplexity_full": losses.perplexity_full}
 
 
 if __name__ == "__main__":

@@ -42,9 +42,7 @@ def main(argv: list[str]) -> int:
     _, examples = held_out(trained.data, tokenizer, trained.run.seed, resolved.held_out_hash)
     examples = examples[: config.max_examples]
     if is_quantised(folder):
-        print(
-            f"{folder} is 4-bit already: it is dequantised to {config.dtype} first, the original weights are not there"
-        )
+        print(f"the base is 4-bit already: it is dequantised to {config.dtype} first ({folder})")
 
     def load(source: Path):
         # Weights in 16 bits, arithmetic in fp32: what is compared is the weights, not the rounding of the arithmetic.

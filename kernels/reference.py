@@ -23,23 +23,24 @@ from torch import Tensor
 class RMSNorm(torch.autograd.Function):
     """y = w * x^ with x^ = x * rho and rho = 1 / sqrt(mean(x^2) + eps), over the last dimension.
 
-    With g = w * dy:  dx = rho * (g - x^ * mean(g * x^)), since d rho / dx_j = -rho^3 x_j / n.
+    With g = w * dy:  dx = rho * (g - x^ * mean(g * x^)) = rho * (g - x * rho^2 mean(g * x)), since
+    d rho / dx_j = -rho^3 x_j / n.
     Saved: x and rho (one number a row). w is frozen.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        rho = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rho = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, rho)
-        return (wide * rho * weight).to(x.dtype)
+        return (x * rho).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight, rho = ctx.saved_tensors
-        normed = x.float() * rho
-        g = dy.float() * weight
-        dx = rho * (g - normed * (g * normed).mean(-1, keepdim=True))
+        wide, g = x.float(), dy.float() * weight
+        inner = torch.linalg.vecdot(g, wide).unsqueeze(-1) * rho.square() / x.shape[-1]
+        dx = g.addcmul_(wide, inner, value=-1).mul_(rho)
         return dx.to(x.dtype), None, None
 
 
@@ -50,9 +51,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the plane (x_j, x_{j + D/2}) of every head by the angle of its row. x [T, H, D], cos and sin [T, D/2]."""
-    left, right = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+    wide, cos, sin = x.float(), cos[:, None], sin[:, None]
+    left, right = wide.chunk(2, dim=-1)
+    turned = torch.empty_like(wide)
+    new_left, new_right = turned.chunk(2, dim=-1)
+    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
+    torch.mul(right, cos, out=new_right).addcmul_(left, sin)
+    return turned.to(x.dtype)
 
 
 class RoPE(torch.autograd.Function):
@@ -234,7 +239,10 @@ class FrozenLinear(Protocol):
 
 
 class LowRank(NamedTuple):
-    """The update s B A of one linear: the fp32 leaves that learn, and the same numbers in the compute dtype."""
+    """The update s B A of one linear: the fp32 leaves that learn, and the same numbers in the compute dtype.
+
+    `a.grad` and `b.grad` must be there, fp32: a backward pass adds to them where they stand, without a copy between.
+    """
 
     a: Tensor  # fp32 [r, in]
     b: Tensor  # fp32 [out, r]
@@ -242,20 +250,21 @@ class LowRank(NamedTuple):
     b_shadow: Tensor  # compute dtype [out, r]
 
 
-def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a gradient: accumulated and, where the hardware can, also handed over in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+def _add_product(into: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """into += scale * a @ b with an fp32 `into`; the product is in fp32 too where the hardware can hand it over so."""
+    if a.dtype == into.dtype:
+        into.addmm_(a, b, alpha=scale)
+    else:
+        into.add_(torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b, alpha=scale)
 
 
 class Projections(torch.autograd.Function):
     """y_i = x W_i^T + s u_i B_i^T with u_i = m(x) A_i^T, for linears that read the same x; m is dropout.
 
-    With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i = v_i^T m(x),   dB_i = s dy_i^T u_i.
+    With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i += v_i^T m(x),   dB_i += s dy_i^T u_i.
     W_i is frozen: expanded when needed, used, thrown away, and never differentiated. Saved: x and the skinny u_i.
-    Linears without an update take part with u_i = 0. All A_i stand under each other, so one product makes every u_i
-    and one makes every dA_i; and one mask serves them, since they see one input.
+    Linears without an update take part with u_i = 0. All A_i stand under each other, so one product makes every u_i,
+    and one mask serves them, since they see one input.
     """
 
     @staticmethod
@@ -278,24 +287,23 @@ class Projections(torch.autograd.Function):
     def backward(ctx, *dys: Tensor):
         x, u, keys = ctx.saved_tensors
         held = [(dy, update) for dy, update in zip(dys, ctx.updates, strict=True) if update is not None]
-        grads: list[Tensor] = []
         if held:
             a = torch.cat([update.a_shadow for _, update in held])
             ranks = [update.a.shape[0] for _, update in held]
             v = torch.empty_like(u)
-            for (dy, update), v_i in zip(held, v.split(ranks, dim=1), strict=True):
-                torch.mm(dy, update.b_shadow, out=v_i)
-            v *= ctx.scale
-            da = _product_fp32(v.t(), _dropout(x, keys, ctx.p)).split(ranks)
-            for (dy, _), u_i, da_i in zip(held, u.split(ranks, dim=1), da, strict=True):
-                grads += [da_i, _product_fp32(dy.t(), u_i).mul_(ctx.scale)]
+            dropped = _dropout(x, keys, ctx.p)
+            for (dy, update), u_i, v_i in zip(held, u.split(ranks, dim=1), v.split(ranks, dim=1), strict=True):
+                torch.mm(dy, update.b_shadow, out=v_i).mul_(ctx.scale)
+                _add_product(update.b.grad, dy.t(), u_i, ctx.scale)
+                _add_product(update.a.grad, v_i.t(), dropped, 1.0)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _dropout(v @ a, keys, ctx.p) if held else None
             for dy, linear in zip(dys, ctx.frozen, strict=True):
                 weight = linear.dense(dy.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        return dx, None, None, None, None, None, *grads
+        # The gradients of the leaves are where they belong already.
+        return dx, *[None] * (5 + 2 * len(held))
 
 
 def _dropout(x: Tensor, keys: Tensor | None, p: float) -> Tensor:
@@ -320,8 +328,10 @@ def projections(
     return list(Projections.apply(x, frozen, updates, scale, p, keys, *leaves))
 
 
-# Rows of logits held at a time: 128 rows of 49,152 to 128,256 logits stay in or near a CPU's last cache.
-_LOGIT_ROWS = 128
+# Rows of logits held at a time: enough for a good matmul, which reads the whole head for them.
+_LOGIT_ROWS = 512
+# Rows of them that are in fp32 at a time: what a softmax goes over several times should stay in a CPU's cache.
+_SOFTMAX_ROWS = 32
 
 
 def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor | None = None) -> Tensor:
@@ -332,22 +342,21 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor
     """
     head = head.to(hidden.dtype)
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    # One buffer for all rows: fresh pages would cost a CPU more than the arithmetic.
-    buffer = torch.empty(min(_LOGIT_ROWS, len(targets)), len(head), dtype=torch.float32, device=hidden.device)
+    buffer = torch.empty(_SOFTMAX_ROWS, len(head), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
-        target = targets[rows, None]
-        logits = buffer[: len(target)].copy_(hidden[rows] @ head.t())
-        target_logit = logits.gather(1, target)
-        if d_hidden is None:
-            losses[rows] = (torch.logsumexp(logits, dim=1, keepdim=True) - target_logit).squeeze(1)
-            continue
-        # The largest probability is exp(top - log sum exp): no second pass over the exponentials.
-        top = logits.amax(dim=1, keepdim=True)
-        probability = torch.softmax(logits, dim=1, out=logits)
-        losses[rows] = (top - probability.amax(dim=1, keepdim=True).log() - target_logit).squeeze(1)
-        probability.scatter_add_(1, target, torch.full_like(target_logit, -1.0))
-        torch.mm(probability.to(hidden.dtype), head, out=d_hidden[rows])
+        logits = hidden[rows] @ head.t()
+        parts = (x.split(_SOFTMAX_ROWS) for x in (logits, targets[rows, None], losses[rows, None]))
+        for logit, target, loss in zip(*parts, strict=True):
+            wide = buffer[: len(logit)].copy_(logit)
+            target_logit, top = wide.gather(1, target), wide.amax(dim=1, keepdim=True)
+            probability = torch.softmax(wide, dim=1, out=wide)
+            # The largest probability is exp(top - log sum exp): no second pass over the exponentials.
+            loss.copy_(top - probability.amax(dim=1, keepdim=True).log() - target_logit)
+            if d_hidden is not None:
+                logit.copy_(probability.scatter_add_(1, target, torch.full_like(target_logit, -1.0)))
+        if d_hidden is not None:
+            torch.mm(logits, head, out=d_hidden[rows])
     return losses
 
 

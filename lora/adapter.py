@@ -87,7 +87,7 @@ class Adapter:
         leaves = []
         for side in ("A", "B"):
             leaf = self._view(self.flat, name, side).detach().requires_grad_()
-            # Autograd adds to a gradient that is already there, so every leaf fills its part of the flat one.
+            # Backward passes add to gradients where they stand, so every leaf fills its part of the flat one.
             leaf.grad = self._view(self.grad, name, side)
             leaves.append(leaf)
         return kernels.LowRank(*leaves, self._view(self.shadow, name, "A"), self._view(self.shadow, name, "B"))

@@ -100,7 +100,7 @@ def token_keys(seed: int, step: int, pack: Pack) -> Tensor:
     return keys
 
 
-def accumulate(model: Llama, adapter: Adapter, packs: Sequence[Pack], keys: Sequence[Tensor], factor: float):
+def accumulate(model: Llama, adapter: Adapter, packs: Sequence[Pack], keys: Sequence[Tensor], factor: float) -> Tensor:
     """Fills adapter.grad with the gradient of factor x (the sum of all token losses); returns that sum, fp32 []."""
     adapter.grad.zero_()
     total = torch.zeros((), device=adapter.grad.device)
@@ -157,14 +157,12 @@ def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
         start = 0
         for name, length in zip(pack.names, pack.lengths, strict=True):
             rows = slice(start, start + length)
-            alone = Pack((name,), (length,), *(getattr(pack, part)[rows] for part in _TENSORS))
+            tensors = (pack.indices, pack.ids, pack.positions, pack.targets, pack.scored, pack.supervised)
+            alone = Pack((name,), (length,), *(tensor[rows] for tensor in tensors))
             if not math.isfinite(summed_loss(model, alone).item()):
                 guilty.append(name)
             start += length
     return guilty or [name for pack in packs for name in pack.names]
-
-
-_TENSORS = ("indices", "ids", "positions", "targets", "scored", "supervised")
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

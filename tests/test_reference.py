@@ -237,6 +237,7 @@ def low_ranks(draw, dtype, held: tuple[bool, ...]) -> dict[str, Tensor]:
 
 def updates_of(leaves: dict[str, Tensor], dtype) -> list[LowRank | None]:
     def update(a, b):
+        a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
         return LowRank(a, b, a.detach().to(dtype), b.detach().to(dtype))
 
     return [update(leaves[f"a{i}"], leaves[f"b{i}"]) if f"a{i}" in leaves else None for i in range(len(OUTS))]
