@@ -34,11 +34,11 @@ def main(argv: list[str]) -> int:
     folder = fetch(config.model or resolved.model)
     tokenizer = Tokenizer.load(folder, trained.data.template_date)
     if config.data is None:
-        conversations, examples = held_out(trained.data, tokenizer, trained.run.seed, resolved.held_out_hash)
+        held = held_out(trained.data, tokenizer, trained.run.seed, resolved.held_out_hash)
+        conversations, examples, overlong = held
     else:
         conversations = read_jsonl(config.data)
-        examples, _ = encode(conversations, tokenizer, trained.data)
-    too_long = len(conversations) - len(examples)
+        examples, overlong = encode(conversations, tokenizer, trained.data)
     examples = examples[: config.max_examples]
     if not examples:
         raise UserError("every example is longer than the run's --max-length", str(run), "give shorter ones to --data")
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
     adapter = load_into(model, adapter_from)
     budget = choose_micro_batch_tokens(model, adapter.config, recompute=False)
     packs = pack_examples(range(len(examples)), examples, budget)
-    answered = [c for c in conversations if before_answer(c.messages)]
+    evaluated = {example.name for example in examples}
+    answered = [c for c in conversations if c.name in evaluated and before_answer(c.messages)]
     shown = answered[: config.generations]
     prompts = [tokenizer.prompt(before_answer(c.messages), c.name) for c in shown]
 
@@ -72,7 +73,8 @@ def main(argv: list[str]) -> int:
         for side in ("base", "tuned"):
             cut_off = "" if answer[side]["stopped"] else f", cut off after {config.max_new_tokens} tokens"
             print(f"\n[{side}{cut_off}]\n{answer[side]['text']}")
-    print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({too_long} too long left out)")
+    left_out = f"{overlong.dropped} too long left out, {overlong.truncated} truncated"
+    print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({left_out})")
     print_table(
         {
             "": f"{'base':>12}{'tuned':>12}{'change':>12}",

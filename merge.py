@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     device = choose_device(config.device)
     folder = fetch(config.model or resolved.model)
     tokenizer = Tokenizer.load(folder, trained.data.template_date)
-    _, examples = held_out(trained.data, tokenizer, trained.run.seed, resolved.held_out_hash)
+    _, examples, _ = held_out(trained.data, tokenizer, trained.run.seed, resolved.held_out_hash)
     examples = examples[: config.max_examples]
     if is_quantised(folder):
         print(f"the base is 4-bit already: it is dequantised to {config.dtype} first ({folder})")

@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 
 from lora.adapter import Adapter
-from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens
+from lora.build import build_model, check_vocabulary, choose_device, choose_dtype, choose_micro_batch_tokens
 from lora.config import Config, parse_training
 from lora.data import Dataset, Step, hash_of, load_dataset, pack_examples, plan
 from lora.errors import UserError, exit_code
+from lora.files import locked
 from lora.hub import default_model, fetch
 from lora.log import memory_peak_gib, print_table
 from lora.loop import Diverged, LossScale, State, restore, train
 from lora.model import Llama
 from lora.optim import build_optimiser, choose_optimiser
-from lora.run import Resolved, find_run, git_commit, new_run, read_run, versions, write_card, write_config
+from lora.run import FINISHED, Resolved, find_run, git_commit, new_run, read_run, versions, write_card, write_config
 from lora.tokenizer import Tokenizer
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
         torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs, and half of the cost
 
     device = choose_device(resumed.device if resumed else config.base.device)
-    dtype = choose_dtype(config.base.dtype, device)
+    dtype = getattr(torch, resumed.dtype) if resumed else choose_dtype(config.base.dtype, device)
     source = resumed.model if resumed else choose_model(config, device)
     folder = fetch(source)
     tokenizer = Tokenizer.load(folder, config.data.template_date)
@@ -56,18 +57,19 @@ def main(argv: list[str]) -> int:
         raise UserError("the examples are not those it began with", str(run), "bring the data back, or start a new run")
 
     model = build_model(folder, config.base.quant, dtype, device)
+    check_vocabulary(model, tokenizer.vocab_size, folder)
     model.recompute = config.optim.recompute == "block"
     adapter = Adapter(model, config.lora, config.run.seed)
     adapter.wrap(model)
-    name = choose_optimiser(resumed.optimizer if resumed else config.optim.optimizer, adapter.flat)
+    name = resumed.optimizer if resumed else choose_optimiser(config.optim.optimizer, adapter.flat)
     optimiser = build_optimiser(name, adapter.flat, adapter.grad, config.optim.weight_decay)
-    budget = resumed.micro_batch_tokens if resumed else config.optim.micro_batch_tokens
     resolved = resumed or Resolved(
         model=source,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         optimizer=name,
-        micro_batch_tokens=budget or choose_micro_batch_tokens(model, config.lora, model.recompute),
+        micro_batch_tokens=config.optim.micro_batch_tokens
+        or choose_micro_batch_tokens(model, config.lora, model.recompute),
         threads=torch.get_num_threads(),
         data_hash=data.hash,
         held_out_hash=hash_of(data.eval),
@@ -75,22 +77,27 @@ def main(argv: list[str]) -> int:
     print_table(overview(run, resolved, config, model, adapter, data, steps))
 
     run.mkdir(parents=True, exist_ok=True)
-    if not resumed:
+    with locked(run):
+        if not resumed:
+            write_config(run, config, resolved)
         for file in tokenizer.files:
             shutil.copyfile(file, run / file.name)
-        write_config(run, config, resolved)
-    state = restore(run, adapter, optimiser, config.run.keep) if resumed else State()
-    if dtype == torch.float16 and state.step == 0:
-        state.loss_scale = LossScale(16.0, moving=True)
-    ending = "failed"
-    try:
-        budget = resolved.micro_batch_tokens
-        ending = train(model, adapter, optimiser, data, steps, state, budget, config.optim, config.run, run, source)
-    except Diverged as error:
-        ending = "diverged"
-        print(f"error: {error}", file=sys.stderr)
-    finally:
-        write_card(run, card(ending, config, resolved, data, steps, state))
+        state = restore(run, adapter, optimiser, config.run.keep) if resumed else State()
+        if resumed:
+            print(f"going on after step {state.step} of {len(steps)}")
+        elif dtype == torch.float16:
+            state.loss_scale = LossScale(16.0, moving=True)
+        ending, budget = "failed", resolved.micro_batch_tokens
+        try:
+            ending = train(model, adapter, optimiser, data, steps, state, budget, config.optim, config.run, run, source)
+        except Diverged as error:
+            ending = "diverged"
+            print(f"error: {error}", file=sys.stderr)
+        except torch.OutOfMemoryError as error:
+            how = "give fewer tokens, or say --recompute block"
+            raise UserError("the GPU's memory is full", f"--micro-batch-tokens {budget}", how) from error
+        finally:
+            write_card(run, card(ending, config, resolved, data, steps, state))
     best = "no evaluation yet" if state.best_loss is None else f"best {state.best_loss:.4f} at step {state.best_step}"
     print(f"{ending} after step {state.step} of {len(steps)}, {best}: {run}")
     return {"interrupted": 130, "diverged": 1}.get(ending, 0)
@@ -123,7 +130,7 @@ def overview(
         "overlong": f"{long.dropped} dropped, {long.truncated} truncated; "
         f"held out: {long_eval.dropped} dropped, {long_eval.truncated} truncated",
         "tokens": f"{tokens:,} an epoch, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
-        "micro-batch": f"{resolved.micro_batch_tokens:,} tokens, {len(first)} a step, {100 * used:.0f} % of them used",
+        "micro-batch": f"{resolved.micro_batch_tokens:,} tokens; first step: {len(first)}, {100 * used:.0f} % full",
         "steps": f"{len(steps)}, {steps[-1].epoch:g} epochs",
         "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}",
         "run": str(run),
@@ -134,7 +141,7 @@ def card(ending: str, config: Config, resolved: Resolved, data: Dataset, steps: 
     """What was really done."""
     done = steps[: state.step]
     return {
-        "finished": ending in ("finished", "patience"),
+        "finished": ending in FINISHED,
         "ending": ending,
         "steps": state.step,
         "steps_planned": len(steps),

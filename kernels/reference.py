@@ -5,8 +5,8 @@ Tokens are *packed*: a micro-batch is one row of T tokens, whole examples back t
 [T, hidden], q is [T, heads, head_dim], and `lengths` says where one example ends and the next begins.
 
 Each op is a `torch.autograd.Function`, for two reasons. The base is frozen, so a backward pass that knows it never
-makes a weight gradient; and autograd would save every intermediate, where these save their inputs and make the rest
-again. Sums and nonlinear functions are computed in fp32 whatever the dtype of x; results are rounded to it once.
+makes a weight gradient; and autograd would save every intermediate, where these save little and make the rest again:
+each says what and why. Sums and softmax run in fp32 whatever the dtype of x; what leaves a matmul is in x's dtype.
 Under each derivation, d_ means the gradient of the loss with respect to _.
 """
 
@@ -175,7 +175,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out: Tensor):
         q, k, v, *kept = ctx.saved_tensors
-        kept.reverse()
+        kept = iter(kept)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         scale = q.shape[-1] ** -0.5
         for rows, n, length in _runs(ctx.lengths):
@@ -184,7 +184,7 @@ class Attention(torch.autograd.Function):
             dks, dvs = torch.zeros_like(ks, dtype=torch.float32), torch.zeros_like(vs, dtype=torch.float32)
             for a in range(0, length, _TILE):
                 tile, past = slice(a, a + _TILE), slice(0, min(a + _TILE, length))
-                p = kept.pop() if length <= _KEPT else _probabilities(qs[:, :, tile], ks[:, past], a)
+                p = next(kept) if length <= _KEPT else _probabilities(qs[:, :, tile], ks[:, past], a)
                 q_rows, do_rows = qs[:, :, tile].flatten(1, 2), do[:, :, tile].flatten(1, 2)
                 dvs[:, past] += p.transpose(1, 2) @ do_rows
                 ds = torch._softmax_backward_data(do_rows @ vs[:, past].transpose(1, 2), p, -1, p.dtype)

@@ -109,6 +109,13 @@ def build_model(
     return model
 
 
+def check_vocabulary(model: Llama, tokenizer_size: int, folder: Path) -> None:
+    """UserError if the tokenizer can give ids that the model has no embedding for."""
+    if tokenizer_size > model.config.vocab_size:
+        what = f"the tokenizer has {tokenizer_size} ids, the model {model.config.vocab_size} embeddings"
+        raise UserError(what, str(folder), "use the tokenizer files that belong to the model")
+
+
 def _parts(weights: Weights, linears: dict[str, nn.Module]) -> dict[str, list[str]]:
     """The names that belong to each linear: `weight` alone, or the codes and what bitsandbytes keeps beside them."""
     parts: dict[str, list[str]] = {}
@@ -153,7 +160,7 @@ def saved_bytes(config: LlamaConfig, rank: int, dtype: torch.dtype, recompute: b
 
     A block saves: the residual stream and its normalised form, twice; q, k, v and the attention's output; gate, up and
     their product; and the skinny products x A^T of its seven linears. With recompute only its input, and one block
-    at a time the rest.
+    at a time the rest. Not counted: the probabilities of short examples, at most a quarter more.
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     block = 4 * config.hidden_size + heads + 3 * config.intermediate_size + len(LINEARS) * rank
@@ -163,7 +170,8 @@ def saved_bytes(config: LlamaConfig, rank: int, dtype: torch.dtype, recompute: b
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that a run may still take, in bytes, or None where the system does not tell."""
+    """Memory that a run may still take, in bytes, or None where the system does not tell. A container's own limit is
+    not seen: there, say --micro-batch-tokens."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

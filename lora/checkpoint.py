@@ -6,7 +6,7 @@ Everything is safetensors and JSON: loading a file never runs code. A checkpoint
       adapter_model.safetensors    every A and B, fp32, under PEFT's names
       adapter_config.json
       training_state.safetensors   the optimiser's tensors
-      meta.json                    step, position of the sampler, best score, ... (loop.py)
+      meta.json                    step, best score, counts, loss scale (`State` in loop.py)
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def read_config(folder: Path) -> LlamaConfig:
     need(f"the model is of type {raw.get('model_type')!r}, not llama", raw.get("model_type") == "llama")
     need(f"rope of type {kind!r} is not known here", kind in ("default", "llama3"))
     need(f"activation {raw.get('hidden_act')!r}, not silu", raw.get("hidden_act", "silu") == "silu")
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    need(f"its weights are quantised by {method}", method in (None, "bitsandbytes"))
     need("its attention has biases", not raw.get("attention_bias"))
     need("its MLP has biases", not raw.get("mlp_bias"))
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -101,7 +103,7 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, folder: Path, device: str = "cpu"):
         index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
-        if index.is_file():
+        if index.is_file() and not (folder / names[0]).is_file():
             names = sorted(set(read_json(index).get("weight_map", {}).values()))
             if not names:
                 raise UserError("no weight_map", str(index), "fetch the file again")
@@ -199,13 +201,17 @@ def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote."""
-    return load_file(folder / "training_state.safetensors"), read_json(folder / "meta.json")
+    path = folder / "training_state.safetensors"
+    try:
+        return load_file(path), read_json(folder / "meta.json")
+    except (OSError, SafetensorError) as error:
+        how = "delete that checkpoint to go on from the one before"
+        raise UserError(f"cannot be read: {error}", str(path), how) from None
 
 
 def remove(checkpoint: Path) -> None:
     """Deletes a checkpoint; it stops counting as one before the first of its files goes."""
-    (checkpoint / "meta.json").unlink()
-    shutil.rmtree(checkpoint)
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
 
 
 def export(checkpoint: Path, run: Path) -> None:

@@ -60,10 +60,10 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    level: str | None = flag(None, "train on this project's word lists for a CEFR level, by its preset")
+    level: str | None = flag(None, "train on this project's word lists for a CEFR level, by its preset: a1")
     data: Path | None = flag(None, 'train on a JSONL file, a line an example: {"messages": [{"role", "content"}, ...]}')
     eval_data: Path | None = flag(
-        None, "evaluate on this file (default: 5 % of --data, chosen by a hash of the prompt)"
+        None, "evaluate on this file (default: a level's held-out lists, or 5 % of --data by a hash of the prompt)"
     )
     loss_on: Literal["response", "last", "full"] = flag(
         "response", "which tokens are learnt: every assistant turn, the last one only, or all tokens"
@@ -76,7 +76,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     epochs: float = flag(3, "passes over the training examples", low=1e-6)
-    max_steps: int | None = flag(None, "stop after this many steps, whatever --epochs says", low=1)
+    max_steps: int | None = flag(None, "at most this many steps, if --epochs comes to more", low=1)
     batch_size: int = flag(16, "examples a step = batch_size x grad_accum; only the product matters", low=1)
     grad_accum: int = flag(1, "see --batch-size; how a step is cut up is --micro-batch-tokens", low=1)
     step_tokens: int | None = flag(
@@ -84,7 +84,7 @@ class OptimConfig:
     )
     micro_batch_tokens: int | None = flag(
         None,
-        "tokens in one forward and backward pass: memory and speed, never the result (default: from free memory)",
+        "tokens in one forward and backward pass: memory and speed, not the result (default: from free memory)",
         low=1,
     )
     recompute: Literal["none", "block"] = flag("none", "block: keep a block's input only and run it again in backward")
@@ -160,12 +160,14 @@ class Level:
 
 LEVELS = {"a1": Level(train_lists=160, eval_lists=18, list_size=10)}
 
-_LISTS = {
-    "lora_rank": 128, "lora_alpha": 256, "batch_size": 16, "grad_accum": 4, "learning_rate": 2e-4, "schedule": "cosine",
-    "warmup_ratio": 0.1, "epochs": 10, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_length": 512,
+# The defaults above are the recipe of --data; a level's recipe says everything that it was measured with.
+RECIPES = {
+    "a1": {
+        "lora_rank": 128, "lora_alpha": 256, "batch_size": 16, "grad_accum": 4, "learning_rate": 2e-4,
+        "schedule": "cosine", "warmup_ratio": 0.1, "epochs": 10, "weight_decay": 0.01, "max_grad_norm": 1.0,
+        "max_length": 512,
+    },
 }  # fmt: skip
-# The defaults above are the recipe of --data; a level's recipe says what differs.
-RECIPES = {"a1": _LISTS}
 
 
 # --- from dataclass to command line -----------------------------------------------------------------------------------
@@ -289,9 +291,12 @@ def parse(
     known = flags_of(tree)
     for name, f in known.items():
         option, shown = "--" + name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.default not in (None, False) and "default" not in shown:
+        if f.default is not None and f.default is not False and "default" not in shown:
             value = ",".join(f.default) if isinstance(f.default, tuple) else f.default
-            shown += f" (default: {value})"
+            levels = [
+                f"; {level}: {recipe[name]}" for level, recipe in RECIPES.items() if recipe.get(name, value) != value
+            ]
+            shown += f" (default: {value}{''.join(levels)})"
         if f.type is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=shown)
         else:
@@ -328,7 +333,7 @@ def parse(
 
 def _read_toml(path: Path, problems: list[UserError]) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         problems.append(
             UserError(error.strerror or str(error), f"--config {path}", "give a TOML file that can be read")

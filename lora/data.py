@@ -35,7 +35,6 @@ T = TypeVar("T")
 DATA = Path(__file__).parent.parent / "data"
 HELD_OUT = 0.05  # of the prompts of a file
 HELD_OUT_WORDS, HELD_OUT_WORDS_AT_LEAST = 0.1, 20
-_SHOWN = 20  # problems of one file told at once
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,8 @@ def read_jsonl(path: Path) -> list[Conversation]:
             conversations.append(Conversation(name, row["messages"]))
     if not conversations and not problems:
         problems.append(UserError("no examples", str(path), how))
-    _raise(problems)
+    if problems:
+        raise UserError.all(problems)
     return conversations
 
 
@@ -161,16 +161,9 @@ def _gather(calls: Iterable[Callable[[], T]]) -> list[T]:
         except UserError as error:
             problems.append(error)
     if problems:
-        raise UserError.all(problems)
+        # Each call has told its first 20 problems; none of them hides those of another.
+        raise UserError.all(problems, most=100)
     return results
-
-
-def _raise(problems: list[UserError]) -> None:
-    if len(problems) > _SHOWN:
-        more = UserError(f"and {len(problems) - _SHOWN} more problems", "the same file", "mend these first")
-        problems = [*problems[:_SHOWN], more]
-    if problems:
-        raise UserError.all(problems)
 
 
 def _prompt(conversation: Conversation) -> str:
@@ -229,7 +222,8 @@ def encode(
                 continue
             truncated += 1
         examples.append(Example(conversation.name, ids, mask))
-    _raise(problems)
+    if problems:
+        raise UserError.all(problems)
     return examples, Overlong(dropped, truncated)
 
 
@@ -271,22 +265,22 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Dataset
     for kind, (examples, _) in zip(("training", "held-out"), encoded, strict=True):
         if not examples:
             what = f"no {kind} example has {config.max_length} tokens or fewer"
-            raise UserError(what, "--max-length", "raise it, or say --overlong truncate")
+            raise UserError(what, "--max-length, --overlong", "raise the length, or truncate so that answers remain")
     (train, train_overlong), (held_out, eval_overlong) = encoded
     return Dataset(train, held_out, train_overlong, eval_overlong)
 
 
 def held_out(
     config: DataConfig, tokenizer: Tokenizer, seed: int, data_hash: str
-) -> tuple[list[Conversation], list[Example]]:
+) -> tuple[list[Conversation], list[Example], Overlong]:
     """What a run was evaluated on, by its settings; UserError if that is not what its hash was taken of."""
     _, conversations = load_conversations(config, seed)
-    examples, _ = encode(conversations, tokenizer, config)
+    examples, overlong = encode(conversations, tokenizer, config)
     if hash_of(examples) != data_hash:
         # Other lines may hold out other prompts, and some of them were trained on.
         where = str(config.eval_data or config.data or config.level)
         raise UserError("the held-out examples are not those of the run", where, "bring the data back")
-    return conversations, examples
+    return conversations, examples, overlong
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -387,8 +381,8 @@ def make_pack(indices: list[int], examples: Sequence[Example]) -> Pack:
 def pack_examples(indices: Sequence[int], examples: Sequence[Example], budget: int) -> list[Pack]:
     """These examples in rows of at most `budget` tokens, or one example where it alone is longer.
 
-    Longest first, each into the first row with room for it (first-fit decreasing): within 11/9 of the fewest rows, and
-    equally long examples end up as neighbours, which attention can take as one batch.
+    Longest first, each into the first row with room for it (first-fit decreasing): about 11/9 of the fewest rows at
+    worst, and equally long examples end up as neighbours, which attention can take as one batch.
     """
     rows: list[list[int]] = []
     room: list[int] = []

@@ -23,16 +23,19 @@ class UserError(Exception):
         super().__init__(self.problems[0])
 
     @classmethod
-    def all(cls, errors: list[UserError]) -> UserError:
-        """Several errors (at least one) as one, in the order they were found."""
+    def all(cls, errors: list[UserError], most: int = 20) -> UserError:
+        """Several errors (at least one) as one, in the order they were found; of very many, the first `most`."""
         joined = cls.__new__(cls)
-        joined.problems = [problem for error in errors for problem in error.problems]
+        problems = [problem for error in errors for problem in error.problems]
+        joined.problems = problems[:most]
+        if len(problems) > most:
+            joined.problems.append(f"and {len(problems) - most} more problems (as above): mend these first")
         Exception.__init__(joined, "\n".join(joined.problems))
         return joined
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:
-    """Runs a script's `main` on the command line: its result, or 2 after printing what the user can mend."""
+    """Runs a script's `main` on the command line: its result, or 2 after printing what the user can mend, or 130."""
     argv = sys.argv[1:]
     try:
         return main(argv)
@@ -41,6 +44,12 @@ def exit_code(main: Callable[[list[str]], int]) -> int:
             traceback.print_exc()
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        where = error.filename or "the file system"
+        print(f"error: {error.strerror or error} ({where}): check the place and the room on the disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,6 +6,7 @@ kill at any moment leaves the old one or the new one, and at worst a stray entry
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into; it appears under `path` when the `with` block ends, and not at all if that fails."""
+    """A folder to write into; it appears under `path`, which is not there, when the `with` block ends without error."""
     aside = path.parent / f".{path.name}.{os.getpid()}"
     # A killed process may have had our number: in a container they repeat.
     shutil.rmtree(aside, ignore_errors=True)
@@ -53,14 +54,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             file.chmod(0o755 if file.is_dir() else 0o644)
             to_disk(file)
         to_disk(aside)
-        old = None
-        if path.exists():
-            # A name that is already taken holds the same checkpoint, written before a resume: it too goes in one step.
-            old = path.rename(aside.with_name(aside.name + ".old"))
         aside.rename(path)
         to_disk(path.parent)
-        if old:
-            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -82,3 +77,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     to_disk(aside)
     aside.replace(path)
     to_disk(path.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process while the `with` block lasts; UserError if another one has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError("another process is at work on it", str(folder), "wait for it, or stop it") from None
+    finally:
+        os.close(handle)

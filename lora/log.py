@@ -8,7 +8,9 @@ units:
     loss               mean over the step's supervised tokens, nats
     eval_loss          the same over the held-out examples; eval_loss_full: over all their tokens
     lr, grad_norm      of the step; the norm before clipping
-    tokens, supervised_tokens, step_s, tokens_per_s
+    tokens, supervised_tokens, tokens_per_s
+                       of the step
+    step_s             seconds, from its first forward pass to the optimiser's launch
     mem_active_gib, mem_allocated_gib, mem_reserved_gib
                        peaks so far on a GPU; on a CPU all three are the resident size
     message            of an event

@@ -122,7 +122,11 @@ def train_step(
     max_grad_norm: float,
     loss_scale: LossScale,
 ) -> dict[str, float]:
-    """One optimiser step on the examples in `packs`: gradient, clipping by the global norm, AdamW."""
+    """One optimiser step on the examples in `packs`: gradient, clipping by the global norm, AdamW.
+
+    keys: int32 [T] for each pack; lr: of this step. Returns the step's line of metrics.jsonl (log.py). Raises Diverged
+    and leaves the weights as they were if loss or gradient is not a number.
+    """
     start = time.perf_counter()
     tokens, supervised = sum(len(pack.ids) for pack in packs), sum(pack.supervised_tokens for pack in packs)
     while True:
@@ -151,7 +155,7 @@ def train_step(
 
 @torch.no_grad()
 def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
-    """The names of the examples whose own loss is not a number; all of them if it shows on none alone."""
+    """The names of the examples whose own loss is not a number, ten at most; any of them if it shows on none alone."""
     guilty = []
     for pack in packs:
         start = 0
@@ -162,7 +166,8 @@ def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
             if not math.isfinite(summed_loss(model, alone).item()):
                 guilty.append(name)
             start += length
-    return guilty or [name for pack in packs for name in pack.names]
+    guilty = guilty or [name for pack in packs for name in pack.names]
+    return guilty if len(guilty) <= 10 else [*guilty[:10], f"and {len(guilty) - 10} more"]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -201,10 +206,8 @@ def tidy(run: Path, state: State, keep: int) -> None:
     """Deletes all checkpoints but the best one and the latest `keep` others, and what a kill left half-done."""
     for step in [step for step in checkpoints(run) if step != state.best_step][:-keep]:
         remove(run / f"checkpoint-{step}")
-    for folder in [*run.glob("checkpoint-*"), *run.glob(".checkpoint-*")]:
-        half_deleted = folder.name.removeprefix("checkpoint-").isdecimal() and not (folder / "meta.json").exists()
-        if half_deleted or folder.name.startswith("."):
-            shutil.rmtree(folder)
+    for folder in run.glob(".checkpoint-*"):
+        shutil.rmtree(folder)
 
 
 def restore(run: Path, adapter: Adapter, optimiser: Optimiser, keep: int) -> State:
@@ -254,8 +257,9 @@ def train(
     def evaluated() -> float:
         losses = evaluate(model, eval_packs)
         if not math.isfinite(losses.response + losses.full):
-            message = f"held-out loss {losses.response}, on {', '.join(not_finite(model, eval_packs))}"
-            log.event(state.step, f"the evaluation after step {state.step} stopped the run: {message}")
+            names = ", ".join(not_finite(model, eval_packs))
+            message = f"the evaluation after step {state.step} stopped the run: loss {losses.response}, on {names}"
+            log.event(state.step, message)
             raise Diverged(message)
         epoch = steps[state.step - 1].epoch if state.step else 0.0
         log.eval(state.step, {"epoch": epoch, "eval_loss": losses.response, "eval_loss_full": losses.full})
@@ -278,8 +282,9 @@ def train(
                         model, adapter, optimiser, packs, keys, lr, optim.max_grad_norm, state.loss_scale
                     )
                 except Diverged as error:
-                    log.event(state.step, f"step {state.step + 1} stopped the run: {error}")
-                    raise
+                    message = f"step {state.step + 1} stopped the run: {error}"
+                    log.event(state.step, message)
+                    raise Diverged(message) from None
                 state.step += 1
                 state.tokens += values["tokens"]
                 state.supervised_tokens += values["supervised_tokens"]

@@ -107,6 +107,8 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """x [T, n] -> [T, n]; see kernels.rms_norm."""
+
     def __init__(self, n: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n), requires_grad=False)
@@ -117,6 +119,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: query head h reads key head h // (num_heads / num_kv_heads)."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         n, self.head_dim, self.layer = config.hidden_size, config.head_dim, layer
@@ -127,6 +131,7 @@ class Attention(nn.Module):
         self.project = project
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [T, hidden], cos and sin fp32 [T, head_dim / 2] -> [T, hidden]."""
         qkv = self.project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in qkv)
         q, k = kernels.rope(q, k, cos, sin)
@@ -134,6 +139,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """W_down (silu(W_gate x) * W_up x), x [T, hidden] -> [T, hidden]."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
@@ -147,6 +154,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream x [T, hidden]."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -160,6 +169,8 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
+    """ids int64 [T] -> rows of the table, [T, n]."""
+
     def __init__(self, vocab_size: int, n: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, n), requires_grad=False)

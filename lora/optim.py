@@ -27,7 +27,7 @@ class Optimiser(Protocol):
     state: dict[str, Tensor]
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One step with the gradient times grad_scale."""
+        """One step with the gradient times grad_scale; the gradient may be scaled in place."""
 
 
 class AdamW8bit:
@@ -35,13 +35,12 @@ class AdamW8bit:
 
     def __init__(self, flat: Tensor, grad: Tensor, weight_decay: float):
         self.flat, self.grad, self.weight_decay = flat, grad, weight_decay
-        bytes_, scales = (torch.zeros(n, device=flat.device) for n in (len(flat), len(flat) // BLOCK))
         self.state = {
             "step": torch.zeros((), dtype=torch.int64),
-            "m": bytes_.to(torch.uint8),
-            "v": bytes_.to(torch.uint8),
-            "m_absmax": scales.clone(),
-            "v_absmax": scales.clone(),
+            "m": torch.zeros_like(flat, dtype=torch.uint8),
+            "v": torch.zeros_like(flat, dtype=torch.uint8),
+            "m_absmax": torch.zeros(len(flat) // BLOCK, device=flat.device),
+            "v_absmax": torch.zeros(len(flat) // BLOCK, device=flat.device),
         }
         self.m_table = bnb.create_dynamic_map(signed=True).to(flat.device)
         self.v_table = bnb.create_dynamic_map(signed=False).to(flat.device)

@@ -47,6 +47,8 @@ def new_run(config: Config) -> Path:
         if (folder / CONFIG).exists():
             how = "continue it with --resume, or give another folder"
             raise UserError("there is a run already", f"--run-dir {folder}", how)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError("the folder is not empty", f"--run-dir {folder}", "give a new one")
         if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
             raise UserError("a file is in the way", f"--run-dir {folder}", "give another name")
         return folder
@@ -58,8 +60,12 @@ def new_run(config: Config) -> Path:
     return folder
 
 
-def is_finished(run: Path) -> bool:
-    return (run / CARD).is_file() and read_json(run / CARD).get("finished", False)
+def ending(run: Path) -> str | None:
+    """How a run ended: "finished", "patience", "interrupted", "diverged" or "failed"; None without a card."""
+    return read_json(run / CARD)["ending"] if (run / CARD).is_file() else None
+
+
+FINISHED = ("finished", "patience")
 
 
 def find_run(given: Path | None, finished: bool) -> Path:
@@ -68,8 +74,12 @@ def find_run(given: Path | None, finished: bool) -> Path:
     if given is not None:
         if not (given / CONFIG).is_file():
             raise UserError("no run is there", f"{flag} {given}", "give a folder that train.py wrote")
+        if not finished and ending(given) in FINISHED:
+            raise UserError("the run is finished", f"{flag} {given}", "start a new one without --resume")
         return given
-    there = [path.parent for path in RUNS.glob(f"*/{CONFIG}") if is_finished(path.parent) == finished]
+    # A run that diverged would do so again.
+    wanted = FINISHED if finished else (None, "interrupted", "failed")
+    there = [path.parent for path in RUNS.glob(f"*/{CONFIG}") if ending(path.parent) in wanted]
     if not there:
         how = "train one with train.py --level a1, or name a folder" if finished else "start one without --resume"
         raise UserError(f"no {kind} run under {RUNS}", flag, how)

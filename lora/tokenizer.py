@@ -57,6 +57,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from lora.errors import UserError
+from lora.files import read_json
 
 # What an adapter or a merged folder needs beside its weights, to be used by somebody else's program.
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -333,10 +334,7 @@ def _read_sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer,
 
 def _read_json(path: Path) -> dict:
     """The object in a JSON file, {} where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {_one_line(error)}", str(path), "fetch it again") from error
+    return read_json(path) if path.exists() else {}
 
 
 def _one_line(error: Exception) -> str:

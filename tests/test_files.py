@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import problems
 
 from lora import checkpoint, files
+
+ROOT = Path(__file__).parent.parent
 
 
 def names(folder: Path) -> list[str]:
@@ -39,12 +43,13 @@ def test_new_folder_that_fails(tmp_path, error, there):
         assert (tmp_path / "one" / "old").read_text() == "old"
 
 
-def test_new_folder_replaces(tmp_path):
-    for text in ("old", "new"):
-        with files.new_folder(tmp_path / "one") as aside:
-            (aside / text).write_text(text)
+def test_new_folder_replaces_nothing(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "old").write_text("old")
+    with pytest.raises(OSError, match="not empty"), files.new_folder(tmp_path / "one") as aside:
+        (aside / "new").write_text("new")
     assert names(tmp_path) == ["one"]
-    assert names(tmp_path / "one") == ["new"]
+    assert names(tmp_path / "one") == ["old"]
 
 
 def test_new_folder_after_a_kill(tmp_path):
@@ -58,24 +63,30 @@ def test_new_folder_after_a_kill(tmp_path):
     assert names(tmp_path / "one") == ["whole"]
 
 
-def test_replaced_checkpoint_is_never_half_there(tmp_path, monkeypatch):
-    """A kill while the old checkpoint goes away leaves no part of it that still counts as a checkpoint."""
+def test_removed_checkpoint_is_never_half_there(tmp_path, monkeypatch):
+    """A kill while a checkpoint goes away leaves no part of it that still counts as a checkpoint."""
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "meta.json").write_text("{}")
 
-    def write(text: str) -> None:
-        with files.new_folder(tmp_path / "checkpoint-3") as aside:
-            (aside / "adapter_model.safetensors").write_text(text)
-            (aside / "meta.json").write_text("{}")
-
-    def die_half_way(folder, **_):
-        (Path(folder) / "adapter_model.safetensors").unlink(missing_ok=True)
+    def die(folder, **_):
         raise SystemExit
 
-    write("old")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(shutil, "rmtree", die_half_way)
-        write("new")
-    for folder in checkpoint.checkpoints(tmp_path).values():
-        assert (folder / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(SystemExit):
+        checkpoint.remove(tmp_path / "checkpoint-3")
+    assert checkpoint.checkpoints(tmp_path) == {}
+    assert names(tmp_path) == [".checkpoint-3.old"]
+
+
+def test_locked(tmp_path):
+    """One process at a time; the lock leaves nothing behind and ends with its holder."""
+    code = "import sys, pathlib; from lora.files import locked\nwith locked(pathlib.Path(sys.argv[1])): pass"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with files.locked(tmp_path):
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "another process is at work on it" in refused.stderr
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    assert names(tmp_path) == []
 
 
 def test_replace_file(tmp_path):

@@ -258,9 +258,13 @@ def test_stray_folder_of_the_same_process_id(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint-5"]
 
 
-def test_resuming_a_finished_run_changes_nothing(trainer, whole, tmp_path):
+def test_a_finished_run_is_not_resumed(trainer, whole, tmp_path):
+    """Unless its card was lost to a kill: then nothing but the card is made again."""
     run = tmp_path / "run"
     shutil.copytree(whole("adamw"), run)
+    assert trainer(run, "--resume") == 2
+    assert "the run is finished" in trainer.said()
+    (run / "run_card.json").unlink()
     assert trainer(run, "--resume") == 0, trainer.said()
     assert_same(run, whole("adamw"))
 
@@ -269,6 +273,7 @@ def test_resume_keeps_its_settings(trainer, whole, tmp_path):
     """Other flags are refused; so is another file of examples under the same name. Nothing is touched."""
     run = tmp_path / "run"
     shutil.copytree(whole("adamw"), run)
+    (run / "run_card.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert trainer(run, "--resume", "--lora-rank", "8", "--seed", "3") == 2
     assert "--lora-rank, --seed" in trainer.said()
