@@ -1,6 +1,6 @@
 """The training step on a CPU against PEFT + bitsandbytes: SmolLM2-135M, forward, backward, clipping and AdamW.
 
-    python benchmarks/cpu_step.py                     every workload, two rounds of alternating processes
+    python benchmarks/cpu_step.py                     every workload, three rounds of alternating processes
     python benchmarks/cpu_step.py --only ragged128 --rounds 1
 
 Each measurement is a process of its own, so peak memory is the peak of one trainer, and the trainers take turns, so
@@ -139,7 +139,7 @@ def measure(trainer: str, workload: str, quant: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=WORKLOADS, help="one workload")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", nargs=3, metavar=("TRAINER", "WORKLOAD", "QUANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
