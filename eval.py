@@ -14,7 +14,7 @@ import sys
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, load_into
 from lora.checkpoint import stop_ids
 from lora.config import EvalConfig, parse
-from lora.data import encode, held_out, pack_examples, read_jsonl
+from lora.data import check_ids, encode, held_out, pack_examples, read_jsonl
 from lora.errors import UserError, exit_code
 from lora.evaluate import Losses, evaluate
 from lora.files import write_json
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
         raise UserError("every example is longer than the run's --max-length", str(run), "give shorter ones to --data")
 
     model = build_model(folder, trained.base.quant, choose_dtype(trained.base.dtype, device), device)
+    check_ids(examples, model.config.vocab_size)
     adapter = load_into(model, adapter_from)
     budget = choose_micro_batch_tokens(model, adapter.config, recompute=False)
     packs = pack_examples(range(len(examples)), examples, budget)

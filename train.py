@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from lora.adapter import Adapter
-from lora.build import build_model, check_vocabulary, choose_device, choose_dtype, choose_micro_batch_tokens
+from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens
 from lora.config import Config, parse_training
-from lora.data import Dataset, Step, hash_of, load_dataset, pack_examples, plan
+from lora.data import Dataset, Step, check_ids, hash_of, load_dataset, pack_examples, plan
 from lora.errors import UserError, exit_code
 from lora.files import locked
 from lora.hub import default_model, fetch
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         raise UserError("the examples are not those it began with", str(run), "bring the data back, or start a new run")
 
     model = build_model(folder, config.base.quant, dtype, device)
-    check_vocabulary(model, tokenizer.vocab_size, folder)
+    check_ids([*data.train, *data.eval], model.config.vocab_size)
     model.recompute = config.optim.recompute == "block"
     adapter = Adapter(model, config.lora, config.run.seed)
     adapter.wrap(model)

@@ -109,13 +109,6 @@ def build_model(
     return model
 
 
-def check_vocabulary(model: Llama, tokenizer_size: int, folder: Path) -> None:
-    """UserError if the tokenizer can give ids that the model has no embedding for."""
-    if tokenizer_size > model.config.vocab_size:
-        what = f"the tokenizer has {tokenizer_size} ids, the model {model.config.vocab_size} embeddings"
-        raise UserError(what, str(folder), "use the tokenizer files that belong to the model")
-
-
 def _parts(weights: Weights, linears: dict[str, nn.Module]) -> dict[str, list[str]]:
     """The names that belong to each linear: `weight` alone, or the codes and what bitsandbytes keeps beside them."""
     parts: dict[str, list[str]] = {}

@@ -235,6 +235,14 @@ def hash_of(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
+def check_ids(examples: Iterable[Example], vocabulary: int) -> None:
+    """UserError if an example has an id that the model has no embedding for: the tokenizer is another model's."""
+    for example in examples:
+        if (largest := max(example.ids)) >= vocabulary:
+            what = f"id {largest}, and the model has {vocabulary} embeddings"
+            raise UserError(what, example.name, "use the tokenizer files that belong to the model")
+
+
 @dataclass(frozen=True)
 class Dataset:
     train: list[Example]

@@ -84,9 +84,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds `folder` for this process while the `with` block lasts; UserError if another one has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another process is at work on it", str(folder), "wait for it, or stop it") from None
         yield
-    except BlockingIOError:
-        raise UserError("another process is at work on it", str(folder), "wait for it, or stop it") from None
     finally:
         os.close(handle)

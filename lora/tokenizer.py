@@ -73,7 +73,7 @@ class ChatIds(NamedTuple):
 class Tokenizer:
     """A model's tokenizer and chat template; made by `Tokenizer.load(folder)`."""
 
-    vocab_size: int  # the largest id + 1; an embedding may have more rows, never fewer
+    vocab_size: int  # the largest id + 1; a model's embedding may have more rows
     bos_id: int | None
     eos_id: int | None
     chat_template: str | None

@@ -16,6 +16,7 @@ from lora.data import (
     Conversation,
     Example,
     Overlong,
+    check_ids,
     encode,
     level_conversations,
     list_conversation,
@@ -384,3 +385,11 @@ def test_packs(budget):
     assert sum(pack.supervised_tokens for pack in packs) == sum(EXAMPLES[index].supervised for index in chosen)
     sizes = sorted(len(pack.ids) for pack in packs)
     assert len(sizes) == 1 or sizes[0] + sizes[1] > budget
+
+
+def test_ids_beyond_the_embedding():
+    """The first example that has one is named; ids up to the last row of the embedding are fine."""
+    examples = [Example("fine", [1, 9], [True, True]), Example("beyond", [3, 10], [True, True])]
+    check_ids(examples, 11)
+    (problem,) = problems(check_ids, examples, 10)
+    assert problem.startswith("id 10, and the model has 10 embeddings (beyond)")
