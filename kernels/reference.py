@@ -250,12 +250,11 @@ class LowRank(NamedTuple):
     b_shadow: Tensor  # compute dtype [out, r]
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """into += scale * a @ b with an fp32 `into`; the product is in fp32 too where the hardware can hand it over so."""
-    if a.dtype == into.dtype:
-        into.addmm_(a, b, alpha=scale)
-    else:
-        into.add_(torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b, alpha=scale)
+def _gradient(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b to be added to an fp32 gradient: handed over in fp32 where the hardware can."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
 
 
 class Projections(torch.autograd.Function):
@@ -263,8 +262,8 @@ class Projections(torch.autograd.Function):
 
     With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i += v_i^T m(x),   dB_i += s dy_i^T u_i.
     W_i is frozen: expanded when needed, used, thrown away, and never differentiated. Saved: x and the skinny u_i.
-    Linears without an update take part with u_i = 0. All A_i stand under each other, so one product makes every u_i,
-    and one mask serves them, since they see one input.
+    Linears without an update take part with u_i = 0. All A_i stand under each other, so one product makes every u_i
+    and one makes every dA_i; and one mask serves them, since they see one input.
     """
 
     @staticmethod
@@ -291,11 +290,13 @@ class Projections(torch.autograd.Function):
             a = torch.cat([update.a_shadow for _, update in held])
             ranks = [update.a.shape[0] for _, update in held]
             v = torch.empty_like(u)
-            dropped = _dropout(x, keys, ctx.p)
             for (dy, update), u_i, v_i in zip(held, u.split(ranks, dim=1), v.split(ranks, dim=1), strict=True):
-                torch.mm(dy, update.b_shadow, out=v_i).mul_(ctx.scale)
-                _add_product(update.b.grad, dy.t(), u_i, ctx.scale)
-                _add_product(update.a.grad, v_i.t(), dropped, 1.0)
+                torch.mm(dy, update.b_shadow, out=v_i)
+                update.b.grad.add_(_gradient(dy.t(), u_i), alpha=ctx.scale)
+            v *= ctx.scale
+            da = _gradient(v.t(), _dropout(x, keys, ctx.p))
+            for (_, update), da_i in zip(held, da.split(ranks), strict=True):
+                update.a.grad += da_i
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _dropout(v @ a, keys, ctx.p) if held else None
