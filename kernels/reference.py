@@ -97,7 +97,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
         d_up = torch.nn.functional.silu(gate).mul_(dy)
-        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        d_gate = dy * up
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return d_gate, d_up
 
 
@@ -135,16 +136,16 @@ def _join_heads(x: Tensor, n: int) -> Tensor:
     return x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
 
-def _probabilities(q: Tensor, k: Tensor, first: int) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, first: int, dtype: torch.dtype) -> Tensor:
     """softmax(q k^T / sqrt(D)) of a tile whose first query is number `first`, scores in fp32, rounded once.
 
-    q [b, G, rows, D], k [b, first + rows, D] -> [b, G * rows, first + rows].
+    q fp32 [b, G, rows, D], k fp32 [b, first + rows, D] -> `dtype` [b, G * rows, first + rows].
     """
     b, group, rows, width = q.shape
     mask = torch.full((rows, first + rows), float("-inf"), device=q.device).triu_(first + 1).repeat(group, 1)
-    q = q.reshape(b, group * rows, width).float()
-    scores = torch.baddbmm(mask, q, k.float().transpose(1, 2), alpha=width**-0.5)
-    return torch.softmax(scores, dim=-1, out=scores).to(k.dtype)
+    q = q.reshape(b, group * rows, width)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=width**-0.5)
+    return torch.softmax(scores, dim=-1, out=scores).to(dtype)
 
 
 class Attention(torch.autograd.Function):
@@ -161,10 +162,11 @@ class Attention(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for rows, n, length in _runs(lengths):
             qs, ks, vs = (_split_heads(x[rows], n, k.shape[1]) for x in (q, k, v))
-            ks, vs, o = ks.squeeze(1), vs.squeeze(1), torch.empty_like(qs)
+            o, vs = torch.empty_like(qs), vs.squeeze(1)
+            q_wide, k_wide = qs.float(), ks.squeeze(1).float()
             for a in range(0, length, _TILE):
                 tile, past = slice(a, a + _TILE), slice(0, min(a + _TILE, length))
-                p = _probabilities(qs[:, :, tile], ks[:, past], a)
+                p = _probabilities(q_wide[:, :, tile], k_wide[:, past], a, q.dtype)
                 o[:, :, tile] = (p @ vs[:, past]).view_as(o[:, :, tile])
                 if length <= _KEPT:
                     kept.append(p)
@@ -181,10 +183,11 @@ class Attention(torch.autograd.Function):
         for rows, n, length in _runs(ctx.lengths):
             qs, ks, vs, do = (_split_heads(x[rows], n, k.shape[1]) for x in (q, k, v, d_out))
             ks, vs, dqs = ks.squeeze(1), vs.squeeze(1), torch.empty_like(qs)
+            q_wide, k_wide = (qs.float(), ks.float()) if length > _KEPT else (None, None)
             dks, dvs = torch.zeros_like(ks, dtype=torch.float32), torch.zeros_like(vs, dtype=torch.float32)
             for a in range(0, length, _TILE):
                 tile, past = slice(a, a + _TILE), slice(0, min(a + _TILE, length))
-                p = next(kept) if length <= _KEPT else _probabilities(qs[:, :, tile], ks[:, past], a)
+                p = _probabilities(q_wide[:, :, tile], k_wide[:, past], a, q.dtype) if length > _KEPT else next(kept)
                 q_rows, do_rows = qs[:, :, tile].flatten(1, 2), do[:, :, tile].flatten(1, 2)
                 dvs[:, past] += p.transpose(1, 2) @ do_rows
                 ds = torch._softmax_backward_data(do_rows @ vs[:, past].transpose(1, 2), p, -1, p.dtype)

@@ -68,10 +68,11 @@ class AdamW:
     def step(self, lr: float, grad_scale: float) -> None:
         s = self.state
         s["step"] += 1
+        # PyTorch divides by its grad_scale, within the same pass.
         torch._fused_adamw_(
-            [self.flat], [self.grad.mul_(grad_scale)], [s["m"]], [s["v"]], [], [s["step"]],
+            [self.flat], [self.grad], [s["m"]], [s["v"]], [], [s["step"]],
             lr=lr, beta1=BETAS[0], beta2=BETAS[1], weight_decay=self.weight_decay, eps=EPS, amsgrad=False,
-            maximize=False,
+            maximize=False, grad_scale=torch.tensor(1 / grad_scale, device=self.flat.device),
         )  # fmt: skip
 
 
