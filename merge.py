@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 def describe(result: Agreement, examples: int) -> str:
     return (
-        f"merged against base + adapter, {result.tokens:,} tokens of {examples} held-out examples: "
+        f"merged against base + adapter, {result.tokens:,} distinct tokens of {examples} held-out examples: "
         f"mean KL {result.kl:.2e} nats, same first choice on {100 * result.top1:.2f} %"
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -77,11 +78,32 @@ class Agreement:
         return self.kl <= MAX_KL and self.top1 >= MIN_TOP1
 
 
+def first_of_their_kind(packs: Sequence[Pack]) -> list[Tensor]:
+    """bool [T] for each pack: the tokens whose context, all tokens up to them, no earlier example has had.
+
+    Examples often begin alike, with a system turn and the same instruction. The prediction there is one prediction, and
+    counting it once for every example would let a handful of near-ties decide.
+    """
+    seen: set[int] = set()
+    marks = []
+    for pack in packs:
+        mark = []
+        for ids in pack.ids.split(pack.lengths):
+            # A context is named by the hash of its last token and of the name of the context before.
+            contexts = list(accumulate(ids.tolist(), lambda context, token: hash((context, token)), initial=0))[1:]
+            mark += [context not in seen for context in contexts]
+            seen.update(contexts)
+        marks.append(torch.tensor(mark))
+    return marks
+
+
 @torch.no_grad()
 def hidden_states(model: Llama, packs: Sequence[Pack]) -> list[Tensor]:
-    """The model's normalised hidden states [T, hidden] of each pack: small, where logits would fill the memory."""
+    """The model's normalised hidden states of each pack, [tokens, hidden]: small, where logits would fill the memory.
+    Only of the tokens that are `first_of_their_kind`."""
     device = model.head.device
-    return [model(pack.ids.to(device), pack.positions.to(device), packed(pack.lengths)) for pack in packs]
+    states = (model(pack.ids.to(device), pack.positions.to(device), packed(pack.lengths)) for pack in packs)
+    return [state[mark.to(device)] for state, mark in zip(states, first_of_their_kind(packs), strict=True)]
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from tiny_chat import random_examples, tiny_chat_folder, wrapped_adapter
 from lora.adapter import round_unbiased
 from lora.checkpoint import Weights, read_config
 from lora.config import LoraConfig
-from lora.data import pack_examples
-from lora.export import Agreement, agreement, hidden_states, shards, write_model
+from lora.data import Example, make_pack, pack_examples
+from lora.export import Agreement, agreement, first_of_their_kind, hidden_states, shards, write_model
 from lora.tokenizer import Tokenizer
 
 PACKS = pack_examples(range(5), random_examples([40, 9, 30, 9, 12]), 64)
@@ -213,3 +213,12 @@ def test_fold_is_reproducible(base):
     x = torch.full((1000,), 1.001)
     generator = torch.Generator().manual_seed(0)
     assert not torch.equal(*(round_unbiased(x, torch.bfloat16, generator) for _ in range(2)))
+
+
+def test_contexts_that_repeat_count_once():
+    """Examples that begin alike give one prediction for the common beginning, wherever they are packed."""
+    rows = ([5, 6, 7, 8], [5, 6, 9, 8], [6, 7], [5, 6, 7, 8])
+    examples = [Example(str(i), ids, [True] * len(ids)) for i, ids in enumerate(rows)]
+    packs = [make_pack([0, 1], examples), make_pack([2, 3], examples)]
+    marks = [mark.tolist() for mark in first_of_their_kind(packs)]
+    assert marks == [[True] * 4 + [False, False, True, True], [True, True] + [False] * 4]
