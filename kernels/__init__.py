@@ -4,10 +4,8 @@ Each op is defined in `reference.py`, in plain PyTorch that runs on any device.
 """
 
 from kernels.reference import (
-    FrozenLinear,
     LowRank,
     attention,
-    dropout_mask,
     linear_cross_entropy,
     mix_keys,
     projections,
@@ -18,10 +16,8 @@ from kernels.reference import (
 )
 
 __all__ = [
-    "FrozenLinear",
     "LowRank",
     "attention",
-    "dropout_mask",
     "linear_cross_entropy",
     "mix_keys",
     "projections",
