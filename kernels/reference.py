@@ -51,13 +51,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the plane (x_j, x_{j + D/2}) of every head by the angle of its row. x [T, H, D], cos and sin [T, D/2]."""
-    wide, cos, sin = x.float(), cos[:, None], sin[:, None]
-    left, right = wide.chunk(2, dim=-1)
-    turned = torch.empty_like(wide)
-    new_left, new_right = turned.chunk(2, dim=-1)
-    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
-    torch.mul(right, cos, out=new_right).addcmul_(left, sin)
-    return turned.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+    return (x * cos).addcmul_(torch.cat((right, left), dim=-1).float(), sin).to(x.dtype)
 
 
 class RoPE(torch.autograd.Function):

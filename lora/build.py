@@ -103,9 +103,8 @@ def build_model(
             continue
         owner, _, leaf = linear.rpartition(".")
         setattr(model.get_submodule(owner), leaf, made)
-    if problems:
-        how = "give a complete folder of one Llama model"
-        raise UserError.all([UserError(problem, str(folder), how) for problem in problems])
+    how = "give a complete folder of one Llama model"
+    UserError.raise_all(UserError(problem, str(folder), how) for problem in problems)
     return model
 
 
@@ -136,9 +135,8 @@ def load_into(model: Llama, folder: Path) -> Adapter:
     for name in mine.keys() & tensors.keys():
         if mine[name].shape != tensors[name].shape:
             problems.append(f"{name} is {list(tensors[name].shape)}, this model needs {list(mine[name].shape)}")
-    if problems:
-        how = "give the model that the adapter was trained on"
-        raise UserError.all([UserError(problem, str(folder), how) for problem in problems])
+    how = "give the model that the adapter was trained on"
+    UserError.raise_all(UserError(problem, str(folder), how) for problem in problems)
     adapter.load(tensors)
     adapter.wrap(model)
     return adapter

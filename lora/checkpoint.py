@@ -71,8 +71,7 @@ def read_config(folder: Path) -> LlamaConfig:
     kv_heads = raw.get("num_key_value_heads") or heads
     if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads:
         need(f"num_key_value_heads {kv_heads} does not divide {heads} heads", heads % kv_heads == 0)
-    if problems:
-        raise UserError.all(problems)
+    UserError.raise_all(problems)
     scaling = Llama3Rope(*(rope[name] for name in stretch)) if kind == "llama3" else None
     return LlamaConfig(
         vocab_size=raw["vocab_size"],
@@ -167,9 +166,8 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
         linear = re.fullmatch(rf"{re.escape(_PREFIX)}.*\.({'|'.join(LINEARS)})\.lora_[AB]\.weight", name)
         found.add(linear[1]) if linear else strange.append(name)
     problems += [f"it holds {name}, which is no lora_A or lora_B of a linear" for name in sorted(strange)]
-    if problems:
-        how = "train plain LoRA on q, k, v, o, gate, up and down"
-        raise UserError.all([UserError(problem, where, how) for problem in problems])
+    how = "train plain LoRA on q, k, v, o, gate, up and down"
+    UserError.raise_all(UserError(problem, where, how) for problem in problems)
     config = LoraConfig(
         rank=raw["r"],
         alpha=raw["lora_alpha"],

@@ -267,8 +267,7 @@ def from_flat(tree: type[T], values: dict[str, Any], where: str) -> T:
                 checked[name] = _check(name, known[name], value, f"{name} in {where}")
             except UserError as error:
                 problems.append(error)
-    if problems:
-        raise UserError.all(problems)
+    UserError.raise_all(problems)
     return _build(tree, checked)
 
 
@@ -326,8 +325,7 @@ def parse(
         values = (preset(values) if preset else {}) | values
     except UserError as error:
         problems.append(error)
-    if problems:
-        raise UserError.all(problems)
+    UserError.raise_all(problems)
     return _build(tree, values)
 
 
@@ -372,8 +370,7 @@ def training_preset(values: dict[str, Any]) -> dict[str, Any]:
         problems.append(
             UserError("a step counted twice", "--step-tokens, --batch-size, --grad-accum", "count tokens or examples")
         )
-    if problems:
-        raise UserError.all(problems)
+    UserError.raise_all(problems)
     return RECIPES.get(level, {})
 
 

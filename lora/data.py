@@ -147,8 +147,7 @@ def read_jsonl(path: Path) -> list[Conversation]:
             conversations.append(Conversation(name, row["messages"]))
     if not conversations and not problems:
         problems.append(UserError("no examples", str(path), how))
-    if problems:
-        raise UserError.all(problems)
+    UserError.raise_all(problems)
     return conversations
 
 
@@ -160,9 +159,8 @@ def _gather(calls: Iterable[Callable[[], T]]) -> list[T]:
             results.append(call())
         except UserError as error:
             problems.append(error)
-    if problems:
-        # Each call has told its first 20 problems; none of them hides those of another.
-        raise UserError.all(problems, most=100)
+    # Each call has told its first 20 problems; none of them hides those of another.
+    UserError.raise_all(problems, most=100)
     return results
 
 
@@ -222,8 +220,7 @@ def encode(
                 continue
             truncated += 1
         examples.append(Example(conversation.name, ids, mask))
-    if problems:
-        raise UserError.all(problems)
+    UserError.raise_all(problems)
     return examples, Overlong(dropped, truncated)
 
 

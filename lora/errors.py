@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -23,15 +23,17 @@ class UserError(Exception):
         super().__init__(self.problems[0])
 
     @classmethod
-    def all(cls, errors: list[UserError], most: int = 20) -> UserError:
-        """Several errors (at least one) as one, in the order they were found; of very many, the first `most`."""
-        joined = cls.__new__(cls)
+    def raise_all(cls, errors: Iterable[UserError], most: int = 20) -> None:
+        """Raises several errors as one, in the order found; of very many, the first `most`; of none, nothing."""
         problems = [problem for error in errors for problem in error.problems]
+        if not problems:
+            return
+        joined = cls.__new__(cls)
         joined.problems = problems[:most]
         if len(problems) > most:
             joined.problems.append(f"and {len(problems) - most} more problems (as above): mend these first")
         Exception.__init__(joined, "\n".join(joined.problems))
-        return joined
+        raise joined
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:

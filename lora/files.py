@@ -61,22 +61,30 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def replace_file(path: Path, source: Path) -> None:
-    """Copies `source` to `path` in one step: readers see the old file or the new one."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write; in one step it takes the place of `path` when the `with` block ends without error."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.copyfile(source, aside)
-    to_disk(aside)
-    aside.replace(path)
-    to_disk(path.parent)
+    try:
+        yield aside
+        to_disk(aside)
+        aside.replace(path)
+        to_disk(path.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(path: Path, source: Path) -> None:
+    """Copies `source` to `path`: readers see the old file or the new one."""
+    with new_file(path) as aside:
+        shutil.copyfile(source, aside)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON object to a file in one step."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    to_disk(aside)
-    aside.replace(path)
-    to_disk(path.parent)
+    """A JSON object to a file: readers see the old one or the new one."""
+    with new_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

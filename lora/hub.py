@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -80,12 +80,7 @@ def check_folder(folder: Path) -> None:
     if "config.json" in names:
         problems += config_problems(folder / "config.json")
     problems += weight_problems(folder)
-    raise_all(problems)
-
-
-def raise_all(problems: Iterable[UserError]) -> None:
-    if problems := list(problems):
-        raise UserError.all(problems)
+    UserError.raise_all(problems)
 
 
 def missing_files(names: set[str], where: str) -> Iterator[UserError]:
@@ -186,7 +181,7 @@ def fetch_from_hub(model: str) -> Path:
         problems = [*missing_files(names, where)]
         if "config.json" in names:
             problems += config_problems(Path(hf_hub_download(model, "config.json")))
-        raise_all(problems)
+        UserError.raise_all(problems)
         return Path(snapshot_download(model, **files))
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: what hf_xet, the downloader in Rust, raises
         what, how = hub_refusal(error)

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lora.files import new_file
+
 GIB = 2**30
 METRICS = "metrics.jsonl"
 
@@ -78,9 +80,8 @@ class RunLog:
         if path.is_file():
             # At step 0 there is no checkpoint, and the first evaluation is made again.
             kept = [json.dumps(line) + "\n" for line in read_metrics(run) if 0 < step >= line["step"]]
-            aside = path.with_suffix(".part")
-            aside.write_text("".join(kept), encoding="utf-8")
-            aside.replace(path)
+            with new_file(path) as aside:
+                aside.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())

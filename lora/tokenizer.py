@@ -245,8 +245,7 @@ def _check_messages(messages: list[dict], name: str) -> None:
             errors.append(UserError("the content is not a text", where, 'give "content" as a string'))
         elif re.search(r"[\ud800-\udfff]", message["content"]):
             errors.append(UserError("the content has half a surrogate pair", where, "write the character whole"))
-    if errors:
-        raise UserError.all(errors)
+    UserError.raise_all(errors)
 
 
 class _GenerationTag(Extension):
