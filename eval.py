@@ -1,25 +1,32 @@
-"""Base against tuned, on the same held-out tokens: losses, perplexities, and a few answers side by side.
+"""Base against tuned, on the same held-out examples: losses, perplexities, and what their answers are worth.
 
 python eval.py                                 the newest finished run, on its held-out examples
 python eval.py --run runs/a1 --data chat.jsonl
 
 Base means the weights as they were quantised for training, with the adapter off, so the difference is what training
-did.
+did. Every difference has its 95 % interval (bootstrap.py). Where the examples are lists of words, all of them are
+answered, and the answers judged (levels.py); otherwise a few are answered for show.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 
+from torch import Tensor
+
+from lora.bootstrap import Tally, difference
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, load_into
 from lora.checkpoint import stop_ids
 from lora.config import EvalConfig, parse
-from lora.data import check_ids, encode, held_out, pack_examples, read_jsonl
+from lora.data import Conversation, Example, check_ids, encode, held_out, pack_examples, read_jsonl, words_of
 from lora.errors import UserError, exit_code
-from lora.evaluate import Losses, evaluate
+from lora.evaluate import token_losses
 from lora.files import write_json
 from lora.generate import generate
 from lora.hub import fetch
+from lora.levels import AT_LEVEL, judge
 from lora.log import print_table
 from lora.run import adapter_folder, find_run, read_run
 from lora.tokenizer import Tokenizer
@@ -48,18 +55,25 @@ def main(argv: list[str]) -> int:
     adapter = load_into(model, adapter_from)
     budget = choose_micro_batch_tokens(model, adapter.config, recompute=False)
     packs = pack_examples(range(len(examples)), examples, budget)
-    evaluated = {example.name for example in examples}
-    answered = [c for c in conversations if c.name in evaluated and before_answer(c.messages)]
-    shown = answered[: config.generations]
-    prompts = [tokenizer.prompt(before_answer(c.messages), c.name) for c in shown]
-
+    by_name = {c.name: c for c in conversations}
+    evaluated = [by_name[example.name] for example in examples]
+    lists = [c for c in evaluated if c.pairs]
+    answered = [c for c in evaluated if before_answer(c.messages)]
+    answered = answered if lists and config.generations else answered[: config.generations]
+    prompts = [tokenizer.prompt(before_answer(c.messages), c.name) for c in answered]
+    longest = config.max_new_tokens or (2 * max(e.supervised for e in examples) if lists else 256)
     stops = stop_ids(folder)
+    options = (longest, config.temperature, config.top_p, config.seed)
 
-    def measure() -> tuple[Losses, list[dict[str, str | bool]]]:
-        losses = evaluate(model, packs)
-        options = (config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    def measure() -> tuple[dict[str, Tally], list[dict[str, str | bool]]]:
+        tallies = tally_losses(token_losses(model, packs), examples, lists, tokenizer)
         answers = generate(model, prompts, stops, *options) if prompts else []
-        return losses, [{"text": tokenizer.decode(answer.ids), "stopped": answer.stopped} for answer in answers]
+        answers = [{"text": tokenizer.decode(answer.ids), "stopped": answer.stopped} for answer in answers]
+        if lists and answers:
+            texts = [answer["text"] for answer in answers]
+            data = trained.data
+            tallies |= judge([c.pairs for c in lists], texts, data.language, data.level, words_of(data)[0])
+        return tallies, answers
 
     tuned, tuned_answers = measure()
     with adapter.off(model):
@@ -67,31 +81,26 @@ def main(argv: list[str]) -> int:
 
     answers = [
         {"name": c.name, "prompt": before_answer(c.messages), "base": before, "tuned": after}
-        for c, before, after in zip(shown, base_answers, tuned_answers, strict=True)
+        for c, before, after in zip(answered, base_answers, tuned_answers, strict=True)
     ]
-    for answer in answers:
+    for answer in answers[: config.generations]:
         print(f"\n--- {answer['name']}\n{answer['prompt'][-1]['content']}")
         for side in ("base", "tuned"):
-            cut_off = "" if answer[side]["stopped"] else f", cut off after {config.max_new_tokens} tokens"
+            cut_off = "" if answer[side]["stopped"] else f", cut off after {longest} tokens"
             print(f"\n[{side}{cut_off}]\n{answer[side]['text']}")
     left_out = f"{overlong.dropped} too long left out, {overlong.truncated} truncated"
     print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({left_out})")
-    print_table(
-        {
-            "": f"{'base':>12}{'tuned':>12}{'change':>12}",
-            "loss, response": row(base.response, tuned.response),
-            "perplexity, response": row(base.perplexity, tuned.perplexity),
-            "loss, full text": row(base.full, tuned.full),
-            "perplexity, full text": row(base.perplexity_full, tuned.perplexity_full),
-        }
-    )
+    metrics = {name: compare(base[name], tuned[name]) for name in tuned}
+    head = f"{'base':>10}{'tuned':>10}{'change':>10}   95 % interval"
+    print_table({"": head} | {name: row(name, metric) for name, metric in metrics.items()})
+    if lists and answers and AT_LEVEL not in metrics:
+        print(f"  {AT_LEVEL}: left out, it is known for the words of an English level only")
     result = {
         "run": str(run),
         "checkpoint": config.checkpoint,
         "data": str(config.data) if config.data else "held out",
         "examples": len(examples),
-        "base": as_dict(base),
-        "tuned": as_dict(tuned),
+        "metrics": metrics,
         "temperature": config.temperature,
         "generations": answers,
     }
@@ -105,14 +114,45 @@ def before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return messages[:last]
 
 
-def row(base: float, tuned: float) -> str:
-    """Two numbers and the change between them, aligned."""
-    return f"{base:12,.4f}{tuned:12,.4f}{100 * (tuned / base - 1):+10.1f} %"
+LOSS = "loss, "
 
 
-def as_dict(losses: Losses) -> dict[str, float]:
-    """Losses with their perplexities, for eval.json."""
-    return {**vars(losses), "perplexity": losses.perplexity, "perplexity_full": losses.perplexity_full}
+def tally_losses(
+    losses: dict[str, Tensor], examples: Sequence[Example], lists: Sequence[Conversation], tokenizer: Tokenizer
+) -> dict[str, Tally]:
+    """Mean losses in nats: on what is learnt and on the full text, by example; on the sentences of lists, by word.
+
+    losses: of every token, by the name of its example (evaluate.token_losses).
+    """
+    response, full, sentences = Tally(), Tally(), Tally()
+    for example in examples:
+        own = losses[example.name]
+        learnt = [place for place, is_learnt in enumerate(example.mask) if is_learnt and place > 0]
+        response.add(example.name, own[learnt].sum().item(), len(learnt))
+        full.add(example.name, own[1:].sum().item(), len(own) - 1)
+    for c in lists:
+        places = tokenizer.pieces(c.messages, [pair.sentence for pair in c.pairs], c.name)
+        for pair, sentence in zip(c.pairs, places, strict=True):
+            inside = [place for place in sentence if place < len(losses[c.name])]  # a truncated list has fewer
+            sentences.add(pair.word, losses[c.name][inside].sum().item(), len(inside))
+    return {f"{LOSS}response": response, f"{LOSS}full text": full} | ({f"{LOSS}sentences": sentences} if lists else {})
+
+
+def compare(base: Tally, tuned: Tally) -> dict[str, float | None]:
+    """A metric of both sides and the interval of the difference, for eval.json; None where nothing could be counted."""
+    low, high = difference(base, tuned)
+    values = {"base": base.mean, "tuned": tuned.mean, "change": tuned.mean - base.mean, "low": low, "high": high}
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def row(name: str, metric: dict[str, float | None]) -> str:
+    """A metric as a line of the table; a loss with its perplexities."""
+    signs = ("", "", "+", "+", "+")
+    shown = ["-" if value is None else f"{value:{sign}.4f}" for value, sign in zip(metric.values(), signs, strict=True)]
+    line = "{:>10}{:>10}{:>10}   {} to {}".format(*shown)
+    if not name.startswith(LOSS):
+        return line
+    return line + f"   perplexity {math.exp(metric['base']):.2f} -> {math.exp(metric['tuned']):.2f}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains a LoRA adapter: settings -> model, data, plan -> the loop in lora/loop.py -> a run folder.
 
-python train.py --level a1                     this project's word lists, with their recipe
+python train.py --level a1                     this project's word lists, with their recipe (all: every level in turn)
+python train.py --words mine.tsv               lists of your own words: word, part of speech, sentence
 python train.py --data chat.jsonl              your own examples, a line each: {"messages": [...]}
 python train.py --resume                       go on with the newest run that was stopped
 """
@@ -22,6 +23,7 @@ from lora.data import Dataset, Step, check_ids, hash_of, load_dataset, pack_exam
 from lora.errors import UserError, exit_code
 from lora.files import locked
 from lora.hub import default_model, fetch
+from lora.levels import LEVELS
 from lora.log import memory_peak_gib, print_table
 from lora.loop import Diverged, LossScale, State, restore, train
 from lora.model import Llama
@@ -32,6 +34,18 @@ from lora.tokenizer import Tokenizer
 
 def main(argv: list[str]) -> int:
     config = parse_training(argv, __doc__)
+    if config.data.level != "all":
+        return train_one(config)
+    for level in LEVELS:
+        folder = config.run.run_dir
+        own = ["--level", level] if folder is None else ["--level", level, "--run-dir", str(folder / level)]
+        if code := train_one(parse_training([*argv, *own], __doc__)):
+            return code
+    return 0
+
+
+def train_one(config: Config) -> int:
+    """One run, from its settings to its folder; returns the exit code."""
     resumed: Resolved | None = None
     if config.run.resume:
         run = find_run(config.run.run_dir, finished=False)
@@ -51,8 +65,8 @@ def main(argv: list[str]) -> int:
     source = resumed.model if resumed else choose_model(config, device)
     folder = fetch(source)
     tokenizer = Tokenizer.load(folder, config.data.template_date)
-    data = load_dataset(config.data, tokenizer, config.run.seed)
-    steps = plan(data.train, config.optim, config.run.seed)
+    data = load_dataset(config.data, tokenizer, config.run.seed, math.ceil(config.optim.epochs))
+    steps = plan(data.train, config.optim, config.run.seed, data.epochs)
     if resumed and data.hash != resumed.data_hash:
         raise UserError("the examples are not those it began with", str(run), "bring the data back, or start a new run")
 
@@ -126,10 +140,11 @@ def overview(
         "model": f"{resolved.model}, {config.base.quant} base, {resolved.dtype} on {resolved.device}",
         "adapter": f"rank {config.lora.rank}, alpha {config.lora.alpha:g} on {len(adapter.targets)} linears",
         "trainable": f"{len(adapter):,} parameters ({100 * len(adapter) / targeted:.1f} % of those linears)",
-        "examples": f"{len(data.train):,} to train on, {len(data.eval):,} held out",
+        "examples": f"{len(data.train):,} to train on, {len(data.eval):,} held out"
+        + (f"; every epoch has its own {len(data.epochs[0]):,}" if data.epochs else ""),
         "overlong": f"{long.dropped} dropped, {long.truncated} truncated; "
         f"held out: {long_eval.dropped} dropped, {long_eval.truncated} truncated",
-        "tokens": f"{tokens:,} an epoch, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
+        "tokens": f"{tokens:,}, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
         "micro-batch": f"{resolved.micro_batch_tokens:,} tokens; first step: {len(first)}, {100 * used:.0f} % full",
         "steps": f"{len(steps)}, {steps[-1].epoch:g} epochs",
         "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}",

@@ -43,7 +43,7 @@ def batches(workload: str, folder: Path) -> list[list[Example]]:
     steps = WARM + TIMED
     if length is None:
         config = DataConfig(level="a1")
-        conversations, _ = load_conversations(config, seed=0)
+        (conversations,), _ = load_conversations(config, seed=0, epochs=1)
         examples, _ = encode(conversations[: size * steps], Tokenizer.load(folder), config)
     else:
         generator = torch.Generator().manual_seed(0)

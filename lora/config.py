@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from lora.errors import UserError
+from lora.levels import LANGUAGES, LEVELS
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -60,10 +61,19 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    level: str | None = flag(None, "train on this project's word lists for a CEFR level, by its preset: a1")
+    level: str | None = flag(
+        None,
+        f"train on this project's word lists for a CEFR level, by its preset: {', '.join(LEVELS)}; all: each in turn",
+    )
+    words: Path | None = flag(None, "make lists of your own words: a TSV with the columns word, pos, sentence")
+    language: str = flag("en", f"of --words: {', '.join(LANGUAGES)}, or any other with --prompt")
+    prompt: str | None = flag(None, "how a list is asked for (default: several ways, in the language of the words)")
+    list_size: int = flag(10, "words in a list", low=1)
+    train_lists: int = flag(160, "lists in an epoch; each epoch draws new ones", low=1)
+    eval_lists: int = flag(18, "lists of held-out words", low=1)
     data: Path | None = flag(None, 'train on a JSONL file, a line an example: {"messages": [{"role", "content"}, ...]}')
     eval_data: Path | None = flag(
-        None, "evaluate on this file (default: a level's held-out lists, or 5 % of --data by a hash of the prompt)"
+        None, "evaluate on this JSONL file (default: lists of held-out words, or 5 % of --data by a hash of the prompt)"
     )
     loss_on: Literal["response", "last", "full"] = flag(
         "response", "which tokens are learnt: every assistant turn, the last one only, or all tokens"
@@ -102,7 +112,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_dir: Path | None = flag(None, "where the run is written (default: runs/<level or data>)")
+    recipe: str | None = flag(None, "settings by name instead of the level's own: c1-reference")
+    run_dir: Path | None = flag(None, "where the run is written (default: runs/<recipe, level or file>)")
     resume: bool = flag(False, "continue --run-dir, or the newest unfinished run")
     eval_every: int | None = flag(
         None, "steps between evaluations (default: 50 or an epoch, whichever is shorter)", low=1
@@ -130,8 +141,10 @@ class EvalConfig:
     model: str | None = flag(None, "where the base is, if it has moved since")
     data: Path | None = flag(None, "a JSONL file to evaluate on instead of the run's held-out examples")
     max_examples: int | None = flag(None, "evaluate on the first N examples only", low=1)
-    generations: int = flag(3, "how many answers to show side by side", low=0)
-    max_new_tokens: int = flag(256, "longest answer, in tokens", low=1)
+    generations: int = flag(3, "how many answers to show side by side; 0: make none, and measure losses alone", low=0)
+    max_new_tokens: int | None = flag(
+        None, "longest answer, in tokens (default: 256; for lists, twice the longest held-out answer)", low=1
+    )
     temperature: float = flag(0.0, "0 takes the likeliest token every time", low=0)
     top_p: float = flag(1.0, "draw from the likeliest tokens that together reach this probability", low=1e-6, high=1)
     device: str = flag("auto", "cpu, cuda or cuda:N; auto: cuda where there is one")
@@ -149,25 +162,22 @@ class MergeConfig:
     device: str = flag("auto", "cpu, cuda or cuda:N; auto: cuda where there is one")
 
 
-@dataclass(frozen=True)
-class Level:
-    """Lists of words of one CEFR level; the words are split before lists are made (data.py)."""
-
-    train_lists: int
-    eval_lists: int
-    list_size: int
-
-
-LEVELS = {"a1": Level(train_lists=160, eval_lists=18, list_size=10)}
-
-# The defaults above are the recipe of --data; a level's recipe says everything that it was measured with.
-RECIPES = {
-    "a1": {
-        "lora_rank": 128, "lora_alpha": 256, "batch_size": 16, "grad_accum": 4, "learning_rate": 2e-4,
-        "schedule": "cosine", "warmup_ratio": 0.1, "epochs": 10, "weight_decay": 0.01, "max_grad_norm": 1.0,
-        "max_length": 512,
-    },
+# The defaults above are the recipe of --data; that of lists says everything that it was measured with.
+_LISTS = {
+    "lora_rank": 128, "lora_alpha": 256, "batch_size": 16, "grad_accum": 4, "learning_rate": 2e-4, "schedule": "cosine",
+    "warmup_ratio": 0.1, "epochs": 10, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_length": 512,
 }  # fmt: skip
+_MANY = {**_LISTS, "train_lists": 1800, "eval_lists": 200}
+# By level; for --words; and those that --recipe names.
+RECIPES = {
+    "a1": _LISTS,
+    "a2": _MANY,
+    "b1": _MANY,
+    "b2": _MANY,
+    "c1": _MANY,
+    "words": _LISTS,
+    "c1-reference": {**_MANY, "level": "c1", "max_length": 1024},
+}
 
 
 # --- from dataclass to command line -----------------------------------------------------------------------------------
@@ -292,10 +302,12 @@ def parse(
         option, shown = "--" + name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.default is not None and f.default is not False and "default" not in shown:
             value = ",".join(f.default) if isinstance(f.default, tuple) else f.default
-            levels = [
-                f"; {level}: {recipe[name]}" for level, recipe in RECIPES.items() if recipe.get(name, value) != value
-            ]
-            shown += f" (default: {value}{''.join(levels)})"
+            recipes: dict[Any, list[str]] = {}
+            for recipe, settings in RECIPES.items():
+                if settings.get(name, value) != value:
+                    recipes.setdefault(settings[name], []).append(recipe)
+            others = "".join(f"; {', '.join(names)}: {other}" for other, names in recipes.items())
+            shown += f" (default: {value}{others})"
         if f.type is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=shown)
         else:
@@ -345,33 +357,44 @@ def _read_toml(path: Path, problems: list[UserError]) -> dict[str, Any]:
 
 
 def training_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of the level that was chosen; and the checks across settings, all at once."""
+    """The recipe that was chosen, by name, level or source; and the checks across settings, all at once."""
     problems = []
     if values.get("resume") and (others := values.keys() - {"resume", "run_dir"}):
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
         problems.append(UserError("a resumed run keeps its settings", flags, "leave them out, or start a new run"))
-    level, data = values.get("level"), values.get("data")
-    if level is not None and level not in LEVELS:
-        problems.append(UserError(f"there is no level {level!r}", "--level", f"give one of {', '.join(LEVELS)}"))
-    if level is not None and data is not None:
-        problems.append(UserError("a level and a file at once", "--level, --data", "give one of the two"))
-    if level is None and data is None and not values.get("resume"):
-        problems.append(
-            UserError("nothing to train on", "--level, --data", "say --level a1, or --data FILE for your own examples")
-        )
+    recipe = values.get("recipe")
+    if recipe is not None and recipe not in RECIPES:
+        problems.append(UserError(f"there is no recipe {recipe!r}", "--recipe", f"give one of {', '.join(RECIPES)}"))
+    level = values.get("level") or RECIPES.get(recipe, {}).get("level")
+    if level is not None and level not in (*LEVELS, "all"):
+        problems.append(UserError(f"there is no level {level!r}", "--level", f"give one of {', '.join(LEVELS)}, all"))
+    sources = [f"--{name}" for name in ("level", "words", "data") if values.get(name) or (name == "level" and level)]
+    if len(sources) > 1:
+        problems.append(UserError("more than one thing to train on", ", ".join(sources), "give one of them"))
+    if not sources and not values.get("resume"):
+        how = "say --level a1, --words FILE for lists of your own words, or --data FILE for your own examples"
+        problems.append(UserError("nothing to train on", "--level, --words, --data", how))
+    for name in ("language", "prompt", "list_size", "train_lists", "eval_lists"):
+        if name in values and "--data" in sources:
+            problems.append(UserError("only lists of words have it", f"--{name.replace('_', '-')}", "leave it out"))
+    if "language" in values and level:
+        problems.append(UserError("the levels are English", "--language", "leave it out, or give your own --words"))
+    elif (language := values.get("language", "en")) not in LANGUAGES and "prompt" not in values:
+        how = f"say with --prompt how a list is asked for, or give one of {', '.join(LANGUAGES)}"
+        problems.append(UserError("no wording for this language", f"--language {language}", how))
     wrong = [name for name in values.get("target_modules", ()) if name not in LINEARS]
     if wrong or values.get("target_modules") == ():
         what = f"no linear is called {', '.join(wrong)}" if wrong else "no linear was named"
         problems.append(UserError(what, "--target-modules", f"choose from {','.join(LINEARS)}"))
-    for name in ("data", "eval_data"):
+    for name, kind in (("data", "JSONL"), ("eval_data", "JSONL"), ("words", "TSV")):
         if (path := values.get(name)) is not None and not Path(path).is_file():
-            problems.append(UserError("no such file", f"--{name.replace('_', '-')} {path}", "give a JSONL file"))
+            problems.append(UserError("no such file", f"--{name.replace('_', '-')} {path}", f"give a {kind} file"))
     if values.get("step_tokens") and ("batch_size" in values or "grad_accum" in values):
         problems.append(
             UserError("a step counted twice", "--step-tokens, --batch-size, --grad-accum", "count tokens or examples")
         )
     UserError.raise_all(problems)
-    return RECIPES.get(level, {})
+    return RECIPES.get(recipe or level or ("words" if "--words" in sources else None), {})
 
 
 def parse_training(argv: list[str], description: str) -> Config:

@@ -1,10 +1,8 @@
 """From files to steps: conversations -> examples (ids and loss mask) -> the plan of a run -> packed micro-batches.
 
-Two sources. A *level* is a table of words with sentences (data/<level>.tsv), made into lists: ten words in the prompt,
-ten numbered sentences in the answer. Words are split into train and held-out before any list is made, by a hash of the
-word, so no seed moves the split and no held-out word is ever a list word in training. A *file* is JSONL, one
-conversation a line; without a file to evaluate on, 5 % of its prompts are held out by a hash of the prompt, so that one
-prompt with many answers stays on one side.
+Two sources. A *table of words* (a level's, or one's own) is made into lists, anew for every epoch: levels.py. A *file*
+is JSONL, one conversation a line; without a file to evaluate on, 5 % of its prompts are held out by a hash of the
+prompt, so that one prompt with many answers stays on one side.
 
 A step is a set of examples, not a shape. The plan says which; `pack_examples` cuts them into rows under a token budget,
 back to back, with no padding. The plan is a pure function of (examples, settings, seed), so to resume at a step is to
@@ -19,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,23 +25,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora.config import LEVELS, DataConfig, Level, OptimConfig
+from lora.config import DataConfig, OptimConfig
 from lora.errors import UserError
+from lora.levels import DATA, Pair, Words, answer, ask, deal, read_words, split_words, wordings
 from lora.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-DATA = Path(__file__).parent.parent / "data"
 HELD_OUT = 0.05  # of the prompts of a file
-HELD_OUT_WORDS, HELD_OUT_WORDS_AT_LEAST = 0.1, 20
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages [{"role", "content"}, ...] and a name that finds it again: "chat.jsonl line 7", "a1 train list 3"."""
+    """messages [{"role", "content"}, ...] and a name that finds it again: "chat.jsonl line 7", "a1 train list 3".
+
+    pairs: the words it asks for and the sentences it answers with, if it is a list.
+    """
 
     name: str
     messages: list[dict[str, str]]
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,60 +64,45 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-# --- levels -----------------------------------------------------------------------------------------------------------
+# --- lists of words ---------------------------------------------------------------------------------------------------
 
 
-def read_words(path: Path) -> dict[str, list[str]]:
-    """word -> its sentences, from a TSV with the columns word, pos, sentence."""
-    words: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        word, _, sentence = line.split("\t")
-        words.setdefault(word, []).append(sentence)
-    return words
+def words_of(config: DataConfig) -> tuple[Words, Words]:
+    """The words to train on and those held out, of --level or --words; UserError if they are too few for a list."""
+    path = config.words or DATA / f"{config.level}.tsv"
+    words = read_words(path)
+    sides = split_words(list(words))
+    if min(map(len, sides)) < config.list_size:
+        what = f"of {len(words)} words {len(sides[1])} are held out, and a list takes {config.list_size}"
+        raise UserError(what, str(path), "give more words, or a smaller --list-size")
+    train, held_out = ({word: words[word] for word in side} for side in sides)
+    return train, held_out
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Train and held-out words: the tenth with the smallest hashes is held out, and 20 words at least."""
-    held_out = max(HELD_OUT_WORDS_AT_LEAST, round(HELD_OUT_WORDS * len(words)))
-    by_hash = sorted(words, key=_hash)
-    return sorted(by_hash[held_out:]), sorted(by_hash[:held_out])
+def list_conversations(
+    config: DataConfig, seed: int, epochs: int
+) -> tuple[list[list[Conversation]], list[Conversation]]:
+    """Train lists, epoch by epoch, and eval lists. `seed` moves the train lists; words and eval lists are fixed."""
+    train, held_out = words_of(config)
+    ways = wordings(config.language, config.level, config.prompt)
+    name = config.level or config.words.stem
 
+    def made(kind: str, words: Words, n: int, draw: int) -> list[Conversation]:
+        if math.comb(len(words), config.list_size) < 2 * n:
+            what = f"{len(words)} {kind} words do not make {n} different lists of {config.list_size}"
+            raise UserError(what, name, f"give more words, or fewer lists (--{kind}-lists, --epochs)")
+        lists = deal(words, n, config.list_size, np.random.default_rng(draw))
+        asked = np.random.default_rng((draw, 1)).integers(len(ways), size=n)
+        conversations = []
+        for number, (pairs, way) in enumerate(zip(lists, asked, strict=True), 1):
+            user, assistant = ask([pair.word for pair in pairs], ways[way]), answer(pairs)
+            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+            conversations.append(Conversation(f"{name} {kind} list {number}", messages, tuple(pairs)))
+        return conversations
 
-def make_lists(words: dict[str, list[str]], chosen: list[str], n: int, level: Level, seed: int) -> list[list[tuple]]:
-    """n different lists of (word, sentence) pairs, dealt like cards: a word comes again when (nearly) all have come."""
-    rng = np.random.default_rng(seed)
-    lists: list[list[tuple]] = []
-    seen, deck = set(), []
-    while len(lists) < n:
-        if len(deck) < level.list_size:
-            deck = [str(word) for word in rng.permutation(chosen)]
-        hand, deck = deck[: level.list_size], deck[level.list_size :]
-        if (key := frozenset(hand)) not in seen:
-            seen.add(key)
-            lists.append([(word, words[word][rng.integers(len(words[word]))]) for word in hand])
-    return lists
-
-
-def list_conversation(name: str, level: str, pairs: list[tuple[str, str]]) -> Conversation:
-    """A list of words as a question and its sentences as the answer, both numbered."""
-    words = "\n".join(f"{number}. {word}" for number, (word, _) in enumerate(pairs, 1))
-    sentences = "\n".join(f"{number}. {sentence}" for number, (_, sentence) in enumerate(pairs, 1))
-    ask = f"Write one simple English sentence at CEFR level {level.upper()} for each of these words."
-    return Conversation(
-        name, [{"role": "user", "content": f"{ask}\n\n{words}"}, {"role": "assistant", "content": sentences}]
-    )
-
-
-def level_conversations(name: str, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Train and eval lists of a level. `seed` moves the train lists; words and eval lists are fixed."""
-    level = LEVELS[name]
-    words = read_words(DATA / f"{name}.tsv")
-    train, held_out = split_words(list(words))
-    made = []
-    for kind, chosen, n, draw in (("train", train, level.train_lists, seed), ("eval", held_out, level.eval_lists, 0)):
-        lists = make_lists(words, chosen, n, level, draw)
-        made.append([list_conversation(f"{name} {kind} list {i}", name, pairs) for i, pairs in enumerate(lists, 1)])
-    return made[0], made[1]
+    n = config.train_lists
+    dealt = made("train", train, n * epochs, seed)
+    return [dealt[start : start + n] for start in range(0, len(dealt), n)], made("eval", held_out, config.eval_lists, 0)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -242,10 +229,13 @@ def check_ids(examples: Iterable[Example], vocabulary: int) -> None:
 
 @dataclass(frozen=True)
 class Dataset:
+    """epochs: which of the train examples each epoch goes through; None: through all of them."""
+
     train: list[Example]
     eval: list[Example]
     train_overlong: Overlong
     eval_overlong: Overlong
+    epochs: Sequence[range] | None = None
 
     @property
     def hash(self) -> str:
@@ -253,37 +243,52 @@ class Dataset:
         return hash_of([*self.train, *self.eval])
 
 
-def load_conversations(config: DataConfig, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Train and held-out conversations, as --level, --data and --eval-data name them."""
-    if config.level is not None:
-        train, held_out = level_conversations(config.level, seed)
+def load_conversations(
+    config: DataConfig, seed: int, epochs: int
+) -> tuple[list[list[Conversation]], list[Conversation]]:
+    """Train conversations, epoch by epoch, and held-out ones, as --level, --words, --data and --eval-data name them.
+
+    Those of a file are the same in every epoch, and stand there once.
+    """
+    if config.data is None:
+        train, held_out = list_conversations(config, seed, epochs)
         return train, held_out if config.eval_data is None else read_jsonl(config.eval_data)
     if config.eval_data is None:
-        return split_conversations(read_jsonl(config.data))
-    train, held_out = _gather(partial(read_jsonl, path) for path in (config.data, config.eval_data))
-    return train, held_out
+        once, held_out = split_conversations(read_jsonl(config.data))
+    else:
+        once, held_out = _gather(partial(read_jsonl, path) for path in (config.data, config.eval_data))
+    return [once], held_out
 
 
-def load_dataset(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Dataset:
-    """The examples of a training run; UserError if no length limit leaves any."""
-    encoded = _gather(partial(encode, some, tokenizer, config) for some in load_conversations(config, seed))
-    for kind, (examples, _) in zip(("training", "held-out"), encoded, strict=True):
+def load_dataset(config: DataConfig, tokenizer: Tokenizer, seed: int, epochs: int) -> Dataset:
+    """The examples of a training run of so many epochs; UserError if no length limit leaves any."""
+    train, held_out = load_conversations(config, seed, epochs)
+    *encoded, (eval_examples, eval_overlong) = _gather(
+        partial(encode, some, tokenizer, config) for some in [*train, held_out]
+    )
+    for kind, examples in [*(("training", examples) for examples, _ in encoded), ("held-out", eval_examples)]:
         if not examples:
             what = f"no {kind} example has {config.max_length} tokens or fewer"
             raise UserError(what, "--max-length, --overlong", "raise the length, or truncate so that answers remain")
-    (train, train_overlong), (held_out, eval_overlong) = encoded
-    return Dataset(train, held_out, train_overlong, eval_overlong)
+    ends = list(accumulate(len(examples) for examples, _ in encoded))
+    return Dataset(
+        [example for examples, _ in encoded for example in examples],
+        eval_examples,
+        Overlong(sum(long.dropped for _, long in encoded), sum(long.truncated for _, long in encoded)),
+        eval_overlong,
+        [range(start, end) for start, end in pairwise([0, *ends])] if len(encoded) > 1 else None,
+    )
 
 
 def held_out(
     config: DataConfig, tokenizer: Tokenizer, seed: int, data_hash: str
 ) -> tuple[list[Conversation], list[Example], Overlong]:
     """What a run was evaluated on, by its settings; UserError if that is not what its hash was taken of."""
-    _, conversations = load_conversations(config, seed)
+    _, conversations = load_conversations(config, seed, epochs=1)
     examples, overlong = encode(conversations, tokenizer, config)
     if hash_of(examples) != data_hash:
         # Other lines may hold out other prompts, and some of them were trained on.
-        where = str(config.eval_data or config.data or config.level)
+        where = str(config.eval_data or config.data or config.words or config.level)
         raise UserError("the held-out examples are not those of the run", where, "bring the data back")
     return conversations, examples, overlong
 
@@ -299,8 +304,12 @@ class Step:
     epoch: float
 
 
-def plan(examples: Sequence[Example], config: OptimConfig, seed: int) -> list[Step]:
-    """All steps of a run. Each epoch is a permutation of the examples drawn from (seed, epoch), cut into steps.
+def plan(
+    examples: Sequence[Example], config: OptimConfig, seed: int, epochs: Sequence[range] | None = None
+) -> list[Step]:
+    """All steps of a run. Each epoch is a permutation of its examples drawn from (seed, epoch), cut into steps.
+
+    epochs: which examples each epoch goes through; None: through all of them.
 
     A step has batch_size * grad_accum examples, or with step_tokens as many as reach that many tokens; the last one of
     an epoch may be smaller.
@@ -309,14 +318,14 @@ def plan(examples: Sequence[Example], config: OptimConfig, seed: int) -> list[St
     for epoch in range(math.ceil(config.epochs)):
         if config.max_steps is not None and len(steps) >= config.max_steps:
             break
-        order = np.random.default_rng((seed, epoch)).permutation(len(examples)).tolist()
+        order = np.random.default_rng((seed, epoch)).permutation(epochs[epoch] if epochs else len(examples)).tolist()
         cuts = _cut(order, examples, config)
         share = min(1.0, config.epochs - epoch)
         done = 0
         # Rounded first, lest 2.1 epochs of ten steps be 2.1000000000000001 and so a step more.
         for chunk in cuts[: math.ceil(round(share * len(cuts), 6))]:
             done += len(chunk)
-            steps.append(Step(chunk, epoch + done / len(examples)))
+            steps.append(Step(chunk, epoch + done / len(order)))
     return steps[: config.max_steps]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 import kernels
 from lora.data import Pack
@@ -35,17 +36,34 @@ class Losses:
         return math.exp(self.full)
 
 
+def _losses(model: Llama, pack: Pack) -> Tensor:
+    """-log p of every token of the pack that has one before it (`pack.scored`), fp32, in nats."""
+    device = model.head.device
+    hidden = model(pack.ids.to(device), pack.positions.to(device), packed(pack.lengths))
+    scored = pack.scored.nonzero().squeeze(1)
+    return kernels.token_losses(hidden[scored.to(device)], model.head, pack.targets[scored].to(device))
+
+
 @torch.no_grad()
 def evaluate(model: Llama, packs: Iterable[Pack]) -> Losses:
     """Losses of the model as it is, adapter on or off."""
-    device = model.head.device
     sums, counts = [0.0, 0.0], [0, 0]
     for pack in packs:
-        hidden = model(pack.ids.to(device), pack.positions.to(device), packed(pack.lengths))
-        scored = pack.scored.nonzero().squeeze(1)
-        losses = kernels.token_losses(hidden[scored.to(device)], model.head, pack.targets[scored].to(device)).double()
-        supervised = pack.supervised[scored].to(device)
+        losses = _losses(model, pack).double()
+        supervised = pack.supervised[pack.scored].to(losses.device)
         for i, some in enumerate((losses[supervised], losses)):
             sums[i] += some.sum().item()
             counts[i] += len(some)
     return Losses(sums[0] / counts[0], sums[1] / counts[1], counts[0], counts[1])
+
+
+@torch.no_grad()
+def token_losses(model: Llama, packs: Iterable[Pack]) -> dict[str, Tensor]:
+    """The loss of each token of each example, by the example's name: fp64 [tokens] on the CPU, the first one NaN."""
+    found = {}
+    for pack in packs:
+        row = torch.full((len(pack.ids),), torch.nan, dtype=torch.float64)
+        # A loss belongs to the token it predicts, the one after its place.
+        row[pack.scored.nonzero().squeeze(1) + 1] = _losses(model, pack).double().cpu()
+        found |= zip(pack.names, row.split(pack.lengths), strict=True)
+    return found

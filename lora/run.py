@@ -42,7 +42,7 @@ class Resolved:
 
 
 def new_run(config: Config) -> Path:
-    """The folder of a new run, not yet made: --run-dir, or runs/<level or file>, with a number if that is taken."""
+    """The folder of a new run, not yet made: --run-dir, or runs/<what it trains on>, with a number if that is taken."""
     if (folder := config.run.run_dir) is not None:
         if (folder / CONFIG).exists():
             how = "continue it with --resume, or give another folder"
@@ -52,7 +52,7 @@ def new_run(config: Config) -> Path:
         if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
             raise UserError("a file is in the way", f"--run-dir {folder}", "give another name")
         return folder
-    name = config.data.level or config.data.data.stem
+    name = config.run.recipe or config.data.level or (config.data.words or config.data.data).stem
     folder, number = RUNS / name, 1
     while folder.exists():
         number += 1

@@ -192,6 +192,21 @@ class Tokenizer:
         ids = self.encode(self.render(messages, add_generation_prompt=True, name=name))
         return self._missing_bos(ids, name) + ids
 
+    def pieces(self, messages: list[dict], texts: list[str], name: str) -> list[list[int]]:
+        """Where texts stand that follow each other in the last message: the places of their tokens in `chat(...).ids`.
+
+        A token that has any character of a text belongs to it.
+        """
+        text = self.render(messages, name=name)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        offsets, front = encoding.offsets, len(self._missing_bos(encoding.ids, name))
+        end, found = text.rindex(messages[-1]["content"].strip()), []
+        for piece in texts:
+            start = text.index(piece, end)
+            end = start + len(piece)
+            found.append([front + k for k, (b, e) in enumerate(offsets) if b < end and e > start])
+        return found
+
     def _answer(self, messages: list[dict], i: int, text: str, ids: list[int], offsets: list, name: str) -> range:
         """The tokens of assistant turn i, its end token included, in the `ids` of the whole `text`.
 

@@ -25,9 +25,11 @@ import eval as evaluation
 import merge
 import train
 from lora.config import Config, EvalConfig, MergeConfig, flags_of
-from lora.data import load_dataset, pack_examples
+from lora.data import held_out, load_dataset, pack_examples
 from lora.errors import exit_code
 from lora.evaluate import evaluate
+from lora.levels import AT_LEVEL, LEVELS
+from lora.levels import DATA as LEVEL_DATA
 from lora.log import read_metrics
 from lora.run import read_run
 from lora.tokenizer import Tokenizer
@@ -363,7 +365,7 @@ def test_train_eval_merge(call, base, data):
     # 28 train examples in steps of 4: 7 steps an epoch, so 9 are the first epoch and 8 examples of the second.
     settings, resolved = read_run(run)
     assert (settings.lora.rank, settings.optim.max_steps, resolved.optimizer) == (4, 9, "adamw")
-    examples = load_dataset(settings.data, Tokenizer.load(base), settings.run.seed)
+    examples = load_dataset(settings.data, Tokenizer.load(base), settings.run.seed, 1)
     card, lines = json_of(run / "run_card.json"), read_metrics(run)
     assert (card["examples"], card["eval_examples"], card["unique_examples_seen"]) == (28, 2, 28)
     assert (card["steps"], card["steps_planned"]) == (9, 9)
@@ -383,11 +385,12 @@ def test_train_eval_merge(call, base, data):
     assert (ended.code, ended.errors) == (0, []), ended
     result = json_of(run / "eval.json")
     untouched = evaluate(load(base), pack_examples(range(2), examples.eval, 10_000))
-    assert result["base"]["response"] == pytest.approx(untouched.response, rel=1e-6)
-    assert result["base"]["full"] == pytest.approx(untouched.full, rel=1e-6)
-    assert result["tuned"]["response"] == pytest.approx(best["eval_loss"], rel=1e-6)
-    assert result["tuned"]["full"] == pytest.approx(best["eval_loss_full"], rel=1e-6)
-    assert result["tuned"]["response_tokens"] == sum(example.supervised for example in examples.eval)
+    response, full = (result["metrics"][f"loss, {kind}"] for kind in ("response", "full text"))
+    assert response["base"] == pytest.approx(untouched.response, rel=1e-6)
+    assert full["base"] == pytest.approx(untouched.full, rel=1e-6)
+    assert response["tuned"] == pytest.approx(best["eval_loss"], rel=1e-6)
+    assert full["tuned"] == pytest.approx(best["eval_loss_full"], rel=1e-6)
+    assert response["low"] <= response["change"] <= response["high"]
     assert (result["examples"], result["checkpoint"]) == (2, "best")
     (answer,) = result["generations"]
     assert answer["prompt"][-1]["role"] == "user"
@@ -416,10 +419,41 @@ def test_level(call, base):
     ended = call("train", *FLAGS[:-1], "--model", base, "--level", "a1", "--max-length", "1000", "--grad-accum", "1")
     assert ended.code == 0, ended
     card = json_of(Path("runs/a1/run_card.json"))
-    assert (card["examples"], card["eval_examples"]) == (160, 18)
+    assert (card["examples"], card["eval_examples"]) == (1600, 18)  # each of the 10 epochs has its own 160 lists
     assert json_of(Path("runs/a1/config.json"))["settings"]["lora_alpha"] == 256
     assert call("eval", "--max-examples", "2", "--generations", "0").code == 0
     assert json_of(Path("runs/a1/eval.json"))["examples"] == 2
+
+
+def test_all_levels(call, base):
+    """One after another, each with its own preset, into a folder of its own; bad flags are told before the first."""
+    flags = [*FLAGS[:-1], "--model", base, "--train-lists", "3", "--eval-lists", "2", "--epochs", "1"]
+    assert call("train", *flags, "--level", "all", "--lora-dropout", "2").code == 2
+    assert not Path("runs").exists()
+    ended = call("train", *flags, "--level", "all", "--run-dir", "five", "--max-length", "2000")
+    assert ended.code == 0, ended
+    assert {path.name for path in Path("five").iterdir()} == {*LEVELS}
+    for level in LEVELS:
+        settings = json_of(Path("five") / level / "config.json")["settings"]
+        assert (settings["level"], settings["train_lists"]) == (level, 3)
+
+
+def test_words_in_turkish(call, base):
+    """The whole way with one's own words: lists, training, evaluation with what can be told without levels, merge."""
+    flags = [*FLAGS[:-1], "--model", base, "--train-lists", "20", "--eval-lists", "3", "--max-length", "2000"]
+    ended = call("train", *flags, "--words", LEVEL_DATA / "tr-a1.tsv", "--language", "tr", "--epochs", "1")
+    assert ended.code == 0, ended
+    settings, resolved = read_run(Path("runs/tr-a1"))
+    conversations, examples, _ = held_out(settings.data, Tokenizer.load(base), 0, resolved.held_out_hash)
+    assert len(examples) == 3
+    assert "Türkçe" in conversations[0].messages[0]["content"]
+    ended = call("eval", "--max-new-tokens", "8")
+    assert ended.code == 0, ended
+    result = json_of(Path("runs/tr-a1/eval.json"))
+    assert {"loss, sentences", "words used", "valid lists", "sentences copied"} <= result["metrics"].keys()
+    assert not {AT_LEVEL, "sentences in the length band"} & result["metrics"].keys()
+    assert "left out" in ended.out
+    assert call("merge").code == 0
 
 
 @pytest.mark.parametrize("flags", [["--quant", "nf4"], ["--recompute", "block"], ["--optimizer", "adamw8bit"]], ids=str)

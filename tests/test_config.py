@@ -154,8 +154,14 @@ def test_toml_values_of_the_wrong_kind(data, tmp_path, line, expected):
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ([], "nothing to train on (--level, --data)"),
-        (["--level", "a1", "--data", "x.jsonl"], "a level and a file at once (--level, --data)"),
+        ([], "nothing to train on (--level, --words, --data)"),
+        (["--level", "a1", "--data", "x.jsonl"], "more than one thing to train on (--level, --data)"),
+        (["--recipe", "c1-reference", "--words", "x.tsv"], "more than one thing to train on (--level, --words)"),
+        (["--recipe", "c9"], "there is no recipe 'c9' (--recipe)"),
+        (["--level", "d1"], "there is no level 'd1' (--level)"),
+        (["--level", "a1", "--language", "tr"], "the levels are English (--language)"),
+        (["--words", "x.tsv", "--language", "de"], "no wording for this language (--language de)"),
+        (["--data", "x.jsonl", "--list-size", "5"], "only lists of words have it (--list-size)"),
         (["--level", "a1", "--target-modules", ""], "no linear was named (--target-modules)"),
         (["--level", "a1", "--lora-ra", "4"], "unknown argument --lora-ra (command line)"),
         (

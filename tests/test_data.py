@@ -1,118 +1,27 @@
 """lora/data.py: which examples there are, which step sees them, and how a step is cut into packs."""
 
-import dataclasses
 import math
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
 from tiny import problems
 from tiny_chat import chat, random_examples, tiny_chat_folder, write_chats, write_jsonl
 
-from lora.config import LEVELS, DataConfig, OptimConfig
+from lora.config import DataConfig, OptimConfig
 from lora.data import (
-    DATA,
     Conversation,
     Example,
     Overlong,
     check_ids,
     encode,
-    level_conversations,
-    list_conversation,
     load_dataset,
-    make_lists,
     pack_examples,
     plan,
     read_jsonl,
-    read_words,
     split_conversations,
-    split_words,
 )
 from lora.tokenizer import Tokenizer
-
-A1 = read_words(DATA / "a1.tsv")
-SEEDS = (0, 1, 2, 77)
-
-
-def entries(text: str) -> list[str]:
-    """The entries of a numbered list at the end of a text; their numbers must be 1, 2, 3, ..."""
-    lines = text.split("\n\n")[-1].split("\n")
-    for number, line in enumerate(lines, 1):
-        assert line.startswith(f"{number}. "), line
-    return [line.split(". ", 1)[1] for line in lines]
-
-
-def pairs_of(conversation: Conversation) -> list[tuple[str, str]]:
-    """The words of a list, each with its sentence."""
-    user, assistant = conversation.messages
-    assert (user["role"], assistant["role"]) == ("user", "assistant")
-    return list(zip(entries(user["content"]), entries(assistant["content"]), strict=True))
-
-
-# --- levels ---
-
-
-def test_words_are_split_once():
-    """The tenth of the words, 20 at least, whatever their order; a word's side does not depend on a seed."""
-    train, held_out = split_words(list(A1))
-    assert split_words(list(reversed(A1))) == (train, held_out)
-    assert set(train) | set(held_out) == A1.keys()
-    assert not set(train) & set(held_out)
-    assert len(held_out) == round(len(A1) / 10)
-    assert len(split_words(train[:50])[1]) == 20
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_no_held_out_word_is_in_train(seed):
-    held_out = set(split_words(list(A1))[1])
-    train, evaluation = level_conversations("a1", seed)
-    train_words = {word for conversation in train for word, _ in pairs_of(conversation)}
-    eval_words = {word for conversation in evaluation for word, _ in pairs_of(conversation)}
-    assert not train_words & held_out
-    assert eval_words <= held_out
-    assert len(eval_words) > 0.9 * len(held_out)
-    learnt = {sentence for conversation in train for _, sentence in pairs_of(conversation)}
-    asked = {sentence for conversation in evaluation for _, sentence in pairs_of(conversation)}
-    assert not learnt & asked
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_lists(seed):
-    """160 and 18 lists of 10 different words, no list twice, each sentence one of its word's."""
-    for conversations, n in zip(level_conversations("a1", seed), (160, 18), strict=True):
-        lists = [pairs_of(conversation) for conversation in conversations]
-        assert len(lists) == n
-        assert {len(pairs) for pairs in lists} == {len(dict(pairs)) for pairs in lists} == {10}
-        assert len({frozenset(dict(pairs)) for pairs in lists}) == n
-        assert all(sentence in A1[word] for pairs in lists for word, sentence in pairs)
-        assert len({conversation.name for conversation in conversations}) == n
-
-
-def test_words_are_dealt_evenly():
-    """A word comes again only when all others have come, but for those left over at the end of a deck."""
-    words = {f"word {i}": ["one", "two"] for i in range(43)}
-    lists = make_lists(words, list(words), 40, dataclasses.replace(LEVELS["a1"]), seed=3)
-    counts = Counter(word for pairs in lists for word, _ in pairs)
-    assert max(counts.values()) <= 10
-    assert len(counts) == 43
-    assert {sentence for pairs in lists for _, sentence in pairs} == {"one", "two"}
-
-
-def test_the_seed_moves_train_alone():
-    runs = [level_conversations("a1", seed) for seed in SEEDS]
-    assert level_conversations("a1", SEEDS[0]) == runs[0]
-    for (one_train, one_eval), (other_train, other_eval) in pairwise(runs):
-        assert one_train != other_train
-        assert one_eval == other_eval
-
-
-def test_list_conversation():
-    pairs = [("milk", "I drink milk."), ("tree", "The tree is tall.")]
-    ask = "Write one simple English sentence at CEFR level A1 for each of these words."
-    want = chat(f"{ask}\n\n1. milk\n2. tree", "1. I drink milk.\n2. The tree is tall.")
-    assert list_conversation("a1 train list 1", "a1", pairs).messages == want["messages"]
-
 
 # --- files ---
 
@@ -255,23 +164,24 @@ def test_unusable_conversations_are_told_together(tokenizer):
 def test_dataset(tokenizer, tmp_path):
     """A file is split, or not with --eval-data; the hash sees every id and mask."""
     one, other = (write_chats(tmp_path / f"{seed}.jsonl", 40, seed) for seed in (1, 2))
-    split = load_dataset(DataConfig(data=one), tokenizer, seed=0)
+    split = load_dataset(DataConfig(data=one), tokenizer, seed=0, epochs=2)
     assert (len(split.train), len(split.eval)) == (38, 2)
-    given = load_dataset(DataConfig(data=one, eval_data=other), tokenizer, seed=0)
+    given = load_dataset(DataConfig(data=one, eval_data=other), tokenizer, seed=0, epochs=2)
     assert (len(given.train), len(given.eval)) == (40, 40)
-    last = load_dataset(DataConfig(data=one, loss_on="full"), tokenizer, seed=0)
+    last = load_dataset(DataConfig(data=one, loss_on="full"), tokenizer, seed=0, epochs=2)
     assert len({split.hash, given.hash, last.hash}) == 3
-    assert load_dataset(DataConfig(data=one), tokenizer, seed=5).hash == split.hash
-    level = load_dataset(DataConfig(level="a1", eval_data=other), tokenizer, seed=0)
-    assert (len(level.train), len(level.eval)) == (160, 40)
+    assert load_dataset(DataConfig(data=one), tokenizer, seed=5, epochs=1).hash == split.hash
+    level = load_dataset(DataConfig(level="a1", eval_data=other), tokenizer, seed=0, epochs=2)
+    assert (len(level.train), len(level.eval)) == (320, 40)
+    assert level.epochs == [range(160), range(160, 320)]
 
 
 def test_bad_examples_of_both_sides_are_told_together(tokenizer, tmp_path):
     """Of both files, and of both sides of a split."""
     bad = write_jsonl(tmp_path / "bad.jsonl", [chat(f"Q{i}", "") for i in range(5)])
-    assert len(problems(load_dataset, DataConfig(data=bad), tokenizer, 0)) == 5
+    assert len(problems(load_dataset, DataConfig(data=bad), tokenizer, 0, 1)) == 5
     broken = write_jsonl(tmp_path / "broken.jsonl", ["{"])
-    found = problems(load_dataset, DataConfig(data=broken, eval_data=broken), tokenizer, 0)
+    found = problems(load_dataset, DataConfig(data=broken, eval_data=broken), tokenizer, 0, 1)
     assert len(found) == 2
 
 
@@ -279,7 +189,7 @@ def test_nothing_short_enough(tokenizer, tmp_path):
     short, long = (write_jsonl(tmp_path / f"{n}.jsonl", [chat("Q", "A" * n)]) for n in (1, 90))
     for train, evaluation, kind in ((long, short, "training"), (short, long, "held-out")):
         config = DataConfig(data=train, eval_data=evaluation, max_length=60)
-        (problem,) = problems(load_dataset, config, tokenizer, 0)
+        (problem,) = problems(load_dataset, config, tokenizer, 0, 1)
         assert f"no {kind} example" in problem
 
 
@@ -308,6 +218,13 @@ def test_every_example_once_an_epoch(batch_size, grad_accum):
     behind = [step.epoch for step in steps]
     assert behind == sorted(behind)
     assert behind[0] == pytest.approx(len(steps[0].examples) / 11)
+
+
+def test_every_epoch_has_its_own_examples():
+    steps = plan(EXAMPLES, OptimConfig(epochs=2, batch_size=4), seed=0, epochs=[range(3), range(3, 11)])
+    assert [sorted(step.examples) for step in steps[:1]] == [[0, 1, 2]]
+    assert sorted(seen(steps[1:])) == list(range(3, 11))
+    assert [step.epoch for step in steps] == [1, 1.5, 2]
 
 
 def test_only_the_product_matters():

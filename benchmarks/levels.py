@@ -1,0 +1,116 @@
+"""What training on each level's words does to a model: the README's table of levels.
+
+    python benchmarks/levels.py --model smollm2-135m            all five levels by their presets; runs under
+    runs/levels/ python benchmarks/levels.py --levels a1 --epochs 1          other flags go to train.py
+
+For each level: train, evaluate base and tuned on held-out words, and train a *control* the same way on the same words
+with each other's sentences. The control learns the format, the length and the style; what the tuned model does better
+than the control on held-out sentences is what it learnt of words. A level that is trained and evaluated already is
+taken as it is, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import eval as evaluation
+import lora.data
+import train
+from lora.errors import UserError
+from lora.files import read_json
+from lora.levels import AT_LEVEL, COLUMNS, DATA, LEVELS, Words, read_words, split_words
+
+
+def shuffled(words: Words) -> Words:
+    """Every train word with the sentences of another one; held-out words keep their own."""
+    train_words, _ = split_words(list(words))
+    order = np.random.default_rng(0).permutation(len(train_words))
+    # One step around a random circle: no word keeps its own.
+    others = {train_words[a]: train_words[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
+    return {word: words[others.get(word, word)] for word in words}
+
+
+@contextmanager
+def data_of_the_control(level: str):
+    """The level's words with each other's sentences, for as long as the `with` block lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = shuffled(read_words(DATA / f"{level}.tsv"))
+        rows = [COLUMNS, *([word, "", sentence] for word, own in words.items() for sentence in own)]
+        (Path(folder) / f"{level}.tsv").write_text("\n".join(map("\t".join, rows)), encoding="utf-8")
+        lora.data.DATA = Path(folder)
+        try:
+            yield
+        finally:
+            lora.data.DATA = DATA
+
+
+def trained(run: Path, level: str, flags: list[str]) -> None:
+    """A run of train.py in this folder, if there is none yet, and its eval.json."""
+    if not (run / "run_card.json").is_file() and (
+        code := train.main(["--level", level, "--run-dir", str(run), *flags])
+    ):
+        sys.exit(code)
+
+
+def row(level: str, run: Path, control: Path) -> list[str]:
+    """A line of the table: base -> tuned, the difference's 95 % interval in brackets."""
+    metrics, card = read_json(run / "eval.json")["metrics"], read_json(run / "run_card.json")
+
+    def loss(kind: str) -> str:
+        base, tuned, _, low, high = metrics[f"loss, {kind}"].values()
+        perplexities = f"{math.exp(base):.1f} -> {math.exp(tuned):.1f}"
+        return f"{base:.3f} -> {tuned:.3f} [{low:+.3f}, {high:+.3f}], ppl {perplexities}"
+
+    def share(name: str) -> str:
+        base, tuned, _, low, high = (None if x is None else 100 * x for x in metrics[name].values())
+        if base is None:  # the base wrote no list at all
+            return f"- -> {tuned:.0f} %"
+        return f"{base:.0f} -> {tuned:.0f} % [{low:+.0f}, {high:+.0f}]"
+
+    beside = read_json(control / "eval.json")["metrics"]["loss, sentences"]["tuned"]
+    losses = [loss(kind) for kind in ("response", "full text", "sentences")]
+    shares = [share(name) for name in ("valid lists", "words used", AT_LEVEL)]
+    spent = f"{card['steps']}, best {card['best_step']}"
+    return [level, *losses, f"{beside:.3f}", *shares, spent, f"{card['seconds_in_steps']:.0f}"]
+
+
+HEAD = (
+    "level", "loss, response", "loss, full text", "loss, sentences", "control's", "valid lists", "words used",
+    "at the level", "steps", "s",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=[*LEVELS])
+    parser.add_argument("--folder", type=Path, default=Path("runs/levels"))
+    arguments, flags = parser.parse_known_args()
+    rows = []
+    for level in arguments.levels:
+        run, control = arguments.folder / level, arguments.folder / f"{level}-control"
+        trained(run, level, flags)
+        with data_of_the_control(level):
+            trained(control, level, flags)
+        for folder, generations in ((run, "3"), (control, "0")):
+            if not (folder / "eval.json").is_file():
+                evaluation.main(["--run", str(folder), "--generations", generations])
+        rows.append(row(level, run, control))
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
