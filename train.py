@@ -96,20 +96,21 @@ def train_one(config: Config) -> int:
             write_config(run, config, resolved)
         for file in tokenizer.files:
             shutil.copyfile(file, run / file.name)
-        state = restore(run, adapter, optimiser, config.run.keep) if resumed else State()
+        budget = resolved.micro_batch_tokens
+        state = restore(run, adapter, optimiser, config.run.keep, budget) if resumed else State(budget)
         if resumed:
             print(f"going on after step {state.step} of {len(steps)}")
         elif dtype == torch.float16:
             state.loss_scale = LossScale(16.0, moving=True)
-        ending, budget = "failed", resolved.micro_batch_tokens
+        ending = "failed"
         try:
-            ending = train(model, adapter, optimiser, data, steps, state, budget, config.optim, config.run, run, source)
+            ending = train(model, adapter, optimiser, data, steps, state, config.optim, config.run, run, source)
         except Diverged as error:
             ending = "diverged"
             print(f"error: {error}", file=sys.stderr)
         except torch.OutOfMemoryError as error:
-            how = "give fewer tokens, or say --recompute block"
-            raise UserError("the GPU's memory is full", f"--micro-batch-tokens {budget}", how) from error
+            how = "say --recompute block, or give shorter ones (--max-length)"
+            raise UserError("the GPU's memory is too small for one example", f"--device {device}", how) from error
         finally:
             write_card(run, card(ending, config, resolved, data, steps, state))
     best = "no evaluation yet" if state.best_loss is None else f"best {state.best_loss:.4f} at step {state.best_step}"

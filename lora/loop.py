@@ -18,10 +18,12 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,12 +32,14 @@ import kernels
 from lora.adapter import Adapter
 from lora.checkpoint import checkpoints, export, load_adapter, load_state, remove, save_adapter, save_state
 from lora.config import OptimConfig, RunConfig
-from lora.data import Dataset, Pack, Step, pack_examples
+from lora.data import Dataset, Example, Pack, Step, pack_examples
 from lora.evaluate import evaluate
 from lora.files import new_folder
 from lora.log import RunLog, memory
 from lora.model import Llama, packed
 from lora.optim import Optimiser, learning_rate
+
+T = TypeVar("T")
 
 
 class Diverged(Exception):
@@ -68,8 +72,12 @@ class LossScale:
 
 @dataclass
 class State:
-    """Where a run is: with the adapter and the optimiser, all that it needs to go on."""
+    """Where a run is: with the adapter and the optimiser, all that it needs to go on.
 
+    micro_batch_tokens: the budget of a pack; smaller than the run began with, if the GPU's memory ran out on the way.
+    """
+
+    micro_batch_tokens: int
     step: int = 0
     best_loss: float | None = None
     best_step: int = 0
@@ -170,6 +178,26 @@ def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
     return guilty if len(guilty) <= 10 else [*guilty[:10], f"and {len(guilty) - 10} more"]
 
 
+def in_packs(
+    work: Callable[[list[Pack]], T], indices: Sequence[int], examples: Sequence[Example], state: State, log: RunLog
+) -> T:
+    """work(these examples in packs). If the GPU's memory runs out: again, and from then on, in packs of half the size.
+
+    However examples are packed, the step is the same but for the last bits, so to make it again is all it takes.
+    """
+    while True:
+        packs = pack_examples(indices, examples, state.micro_batch_tokens)
+        try:
+            return work(packs)
+        except torch.OutOfMemoryError:
+            if all(len(pack.lengths) == 1 for pack in packs):
+                raise
+        # Only now are the tensors free that the error's traceback held.
+        torch.cuda.empty_cache()
+        state.micro_batch_tokens = max(len(pack.ids) for pack in packs) // 2
+        log.event(state.step, f"memory ran out; from here on {state.micro_batch_tokens} tokens a micro-batch")
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -210,11 +238,11 @@ def tidy(run: Path, state: State, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def restore(run: Path, adapter: Adapter, optimiser: Optimiser, keep: int) -> State:
-    """The newest checkpoint into adapter and optimiser; a run without one starts at step 0."""
+def restore(run: Path, adapter: Adapter, optimiser: Optimiser, keep: int, micro_batch_tokens: int) -> State:
+    """The newest checkpoint into adapter and optimiser; a run without one starts at step 0, with this budget."""
     there = checkpoints(run)
     if not there:
-        return State()
+        return State(micro_batch_tokens)
     folder = there[max(there)]
     adapter.load(load_adapter(folder)[0])
     tensors, meta = load_state(folder)
@@ -235,7 +263,6 @@ def train(
     data: Dataset,
     steps: Sequence[Step],
     state: State,
-    budget: int,
     optim: OptimConfig,
     settings: RunConfig,
     run: Path,
@@ -243,8 +270,7 @@ def train(
 ) -> str:
     """Runs `steps` from `state.step` on, in place; returns how it ended: "finished", "patience" or "interrupted".
 
-    budget: tokens in a pack. base: where the model is from, for the adapter's description. Raises Diverged, with
-    the last checkpoint as it was.
+    base: where the model is from, for the adapter's description. Raises Diverged, with the last checkpoint as it was.
     """
     device = model.head.device
     an_epoch = sum(step.epoch <= 1 for step in steps) or len(steps)
@@ -252,12 +278,12 @@ def train(
     save_every = settings.save_every or eval_every
     warmup = round(optim.warmup_ratio * len(steps)) if optim.warmup_steps is None else optim.warmup_steps
     log = RunLog(run, state.step, len(steps))
-    eval_packs = pack_examples(range(len(data.eval)), data.eval, budget)
 
     def evaluated() -> float:
-        losses = evaluate(model, eval_packs)
+        held_out = range(len(data.eval))
+        losses = in_packs(partial(evaluate, model), held_out, data.eval, state, log)
         if not math.isfinite(losses.response + losses.full):
-            names = ", ".join(not_finite(model, eval_packs))
+            names = ", ".join(in_packs(partial(not_finite, model), held_out, data.eval, state, log))
             message = f"the evaluation after step {state.step} stopped the run: loss {losses.response}, on {names}"
             log.event(state.step, message)
             raise Diverged(message)
@@ -274,13 +300,15 @@ def train(
                 evaluated()
             while state.step < len(steps) and not out_of_patience():
                 step = steps[state.step]
-                packs = pack_examples(step.examples, data.train, budget)
-                keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
                 lr = learning_rate(state.step, len(steps), warmup, optim.schedule, optim.learning_rate)
+
+                def one_step(packs: list[Pack], lr: float = lr) -> dict[str, float]:
+                    keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
+                    limit = optim.max_grad_norm
+                    return train_step(model, adapter, optimiser, packs, keys, lr, limit, state.loss_scale)
+
                 try:
-                    values = train_step(
-                        model, adapter, optimiser, packs, keys, lr, optim.max_grad_norm, state.loss_scale
-                    )
+                    values = in_packs(one_step, step.examples, data.train, state, log)
                 except Diverged as error:
                     message = f"step {state.step + 1} stopped the run: {error}"
                     log.event(state.step, message)

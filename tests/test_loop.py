@@ -157,7 +157,7 @@ class Job:
         adapter = Adapter(model, lora, seed=0)
         adapter.wrap(model)
         optimiser = build_optimiser("adamw", adapter.flat, adapter.grad, optim.weight_decay)
-        return cls(model, adapter, optimiser, data, optim, loop.State())
+        return cls(model, adapter, optimiser, data, optim, loop.State(60))
 
     def step(self, loss_scale: loop.LossScale, budget: int = 100, max_grad_norm: float = 1.0) -> dict[str, float]:
         packs = pack_examples(range(len(EXAMPLES)), EXAMPLES, budget)
@@ -169,7 +169,7 @@ class Job:
         run.mkdir(exist_ok=True)
         steps = plan(self.data.train, self.optim, seed=0)
         return loop.train(
-            self.model, self.adapter, self.optimiser, self.data, steps, self.state, 60, self.optim,
+            self.model, self.adapter, self.optimiser, self.data, steps, self.state, self.optim,
             RunConfig(**settings), run, "base",
         )  # fmt: skip
 
@@ -250,6 +250,39 @@ def test_overflow_at_every_scale_stops_the_run(folder, monkeypatch, moving):
     with pytest.raises(loop.Diverged, match="example 1, "):
         job.step(loop.LossScale(8.0, moving=moving))
     assert torch.equal(job.adapter.flat, before)
+
+
+# --- memory ---
+
+
+def test_memory_runs_out(folder, tmp_path, monkeypatch):
+    """A pass that does not fit is made again in halves, with the same examples and dropout, and the run says so."""
+    lora = replace(LORA, dropout=0.2)
+    calm, short = Job.new(folder, lora=lora), Job.new(folder, lora=lora)
+    summed_loss = loop.summed_loss
+
+    def too_small(model, pack):
+        loss = summed_loss(model, pack)
+        if len(pack.ids) > 32 and len(pack.lengths) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    assert calm.train(tmp_path / "calm") == "finished"
+    monkeypatch.setattr(loop, "summed_loss", too_small)
+    assert short.train(tmp_path / "short") == "finished"
+    torch.testing.assert_close(short.adapter.flat, calm.adapter.flat, rtol=0, atol=1e-5)
+    assert short.state.micro_batch_tokens <= 32 < calm.state.micro_batch_tokens
+    events = [line["message"] for line in read_metrics(tmp_path / "short") if line["kind"] == "event"]
+    assert events == [f"memory ran out; from here on {short.state.micro_batch_tokens} tokens a micro-batch"]
+
+
+def test_memory_too_small_for_one_example(folder, tmp_path, monkeypatch):
+    def never(model, pack):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "summed_loss", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        Job.new(folder).train(tmp_path / "run")
 
 
 # --- runs that end early ---
@@ -356,7 +389,7 @@ def test_interrupt(folder, tmp_path, monkeypatch, number):
     assert read_metrics(run)[-1]["message"] == "interrupted and saved"
     monkeypatch.setattr(loop, "train_step", step)
     again, whole = Job.new(folder), Job.new(folder)
-    again.state = loop.restore(run, again.adapter, again.optimiser, keep=2)
+    again.state = loop.restore(run, again.adapter, again.optimiser, 2, 60)
     assert again.train(run, eval_every=2) == whole.train(tmp_path / "whole", eval_every=2) == "finished"
     assert torch.equal(again.adapter.flat, whole.adapter.flat)
 
