@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from torch import Tensor
+from tqdm import tqdm
 
 from lora.bootstrap import Tally, difference
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, load_into
@@ -26,7 +27,7 @@ from lora.evaluate import token_losses
 from lora.files import write_json
 from lora.generate import generate
 from lora.hub import fetch
-from lora.levels import AT_LEVEL, judge
+from lora.levels import AT_LEVEL, LENGTH, judge
 from lora.log import print_table
 from lora.run import adapter_folder, find_run, read_run
 from lora.tokenizer import Tokenizer
@@ -63,21 +64,26 @@ def main(argv: list[str]) -> int:
     prompts = [tokenizer.prompt(before_answer(c.messages), c.name) for c in answered]
     longest = config.max_new_tokens or (2 * max(e.supervised for e in examples) if lists else 256)
     stops = stop_ids(folder)
+    where = config.data or "its held-out examples"
+    print(f"{run}, {config.checkpoint} adapter, on {where}: {len(examples)} examples", flush=True)
     options = (longest, config.temperature, config.top_p, config.seed)
+    asked, data = [c.pairs for c in lists], trained.data
+    learnt = words_of(data)[0] if lists else {}
 
-    def measure() -> tuple[dict[str, Tally], list[dict[str, str | bool]]]:
+    def measure(side: str) -> tuple[dict[str, Tally], list[dict[str, str | bool]]]:
         tallies = tally_losses(token_losses(model, packs), examples, lists, tokenizer)
-        answers = generate(model, prompts, stops, *options) if prompts else []
-        answers = [{"text": tokenizer.decode(answer.ids), "stopped": answer.stopped} for answer in answers]
-        if lists and answers:
-            texts = [answer["text"] for answer in answers]
-            data = trained.data
-            tallies |= judge([c.pairs for c in lists], texts, data.language, data.level, words_of(data)[0])
-        return tallies, answers
+        if not prompts:
+            return tallies, []
+        with tqdm(desc=f"{len(prompts)} answers, {side}", unit=" tokens", disable=not sys.stderr.isatty()) as bar:
+            made = generate(model, prompts, stops, *options, on_token=lambda prompt, token: bar.update())
+        texts, stopped = [tokenizer.decode(answer.ids) for answer in made], [answer.stopped for answer in made]
+        if lists:
+            tallies |= judge(asked, texts, stopped, data.language, data.level, learnt)
+        return tallies, [{"text": text, "stopped": ended} for text, ended in zip(texts, stopped, strict=True)]
 
-    tuned, tuned_answers = measure()
+    tuned, tuned_answers = measure("tuned")
     with adapter.off(model):
-        base, base_answers = measure()
+        base, base_answers = measure("base")
 
     answers = [
         {"name": c.name, "prompt": before_answer(c.messages), "base": before, "tuned": after}
@@ -88,10 +94,9 @@ def main(argv: list[str]) -> int:
         for side in ("base", "tuned"):
             cut_off = "" if answer[side]["stopped"] else f", cut off after {longest} tokens"
             print(f"\n[{side}{cut_off}]\n{answer[side]['text']}")
-    left_out = f"{overlong.dropped} too long left out, {overlong.truncated} truncated"
-    print(f"\n{run}, {config.checkpoint} adapter, {len(examples)} examples ({left_out})")
+    print(f"\n{overlong.dropped} examples too long and left out, {overlong.truncated} truncated")
     metrics = {name: compare(base[name], tuned[name]) for name in tuned}
-    head = f"{'base':>10}{'tuned':>10}{'change':>10}   95 % interval"
+    head = f"{'base':>10}{'tuned':>10}{'change':>10}   {'95 % interval':<20} of"
     print_table({"": head} | {name: row(name, metric) for name, metric in metrics.items()})
     if lists and answers and AT_LEVEL not in metrics:
         print(f"  {AT_LEVEL}: left out, it is known for the words of an English level only")
@@ -101,6 +106,7 @@ def main(argv: list[str]) -> int:
         "data": str(config.data) if config.data else "held out",
         "examples": len(examples),
         "metrics": metrics,
+        "tallies": {name: [[unit, *counted] for unit, counted in tally.items()] for name, tally in tuned.items()},
         "temperature": config.temperature,
         "generations": answers,
     }
@@ -127,6 +133,8 @@ def tally_losses(
     response, full, sentences = Tally(), Tally(), Tally()
     for example in examples:
         own = losses[example.name]
+        if not own[1:].isfinite().all():
+            raise UserError("its loss is not a number", example.name, "evaluate an earlier --checkpoint")
         learnt = [place for place, is_learnt in enumerate(example.mask) if is_learnt and place > 0]
         response.add(example.name, own[learnt].sum().item(), len(learnt))
         full.add(example.name, own[1:].sum().item(), len(own) - 1)
@@ -139,20 +147,34 @@ def tally_losses(
 
 
 def compare(base: Tally, tuned: Tally) -> dict[str, float | None]:
-    """A metric of both sides and the interval of the difference, for eval.json; None where nothing could be counted."""
+    """A metric of both sides and the interval of the difference, for eval.json; None is what cannot be known.
+
+    units: how many answers, or words, the means are over.
+    """
     low, high = difference(base, tuned)
     values = {"base": base.mean, "tuned": tuned.mean, "change": tuned.mean - base.mean, "low": low, "high": high}
-    return {name: None if math.isnan(value) else value for name, value in values.items()}
+    known = {name: None if math.isnan(value) else value for name, value in values.items()}
+    return known | {"units": len(base.keys() | tuned.keys())}
 
 
 def row(name: str, metric: dict[str, float | None]) -> str:
     """A metric as a line of the table; a loss with its perplexities."""
-    signs = ("", "", "+", "+", "+")
-    shown = ["-" if value is None else f"{value:{sign}.4f}" for value, sign in zip(metric.values(), signs, strict=True)]
-    line = "{:>10}{:>10}{:>10}   {} to {}".format(*shown)
-    if not name.startswith(LOSS):
+    *values, units = metric.values()
+    kind = ".4f" if name.startswith(LOSS) else ".1f" if name == LENGTH else ".1%"
+    formats = (kind, kind, f"+{kind}", f"+{kind}", f"+{kind}")
+    base, tuned, change, low, high = (
+        "-" if value is None else f"{value:{form}}" for value, form in zip(values, formats, strict=True)
+    )
+    interval = "unknown" if metric["low"] is None else f"{low} to {high}"
+    line = f"{base:>10}{tuned:>10}{change:>10}   {interval:<20} {units:>4}"
+    if not name.startswith(LOSS) or metric["base"] is None:
         return line
-    return line + f"   perplexity {math.exp(metric['base']):.2f} -> {math.exp(metric['tuned']):.2f}"
+    return line + f"   perplexity {perplexity(metric['base']):.2f} -> {perplexity(metric['tuned']):.2f}"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity where that is too large a number."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 if __name__ == "__main__":

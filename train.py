@@ -19,7 +19,7 @@ import torch
 from lora.adapter import Adapter
 from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens
 from lora.config import Config, parse_training
-from lora.data import Dataset, Step, check_ids, hash_of, load_dataset, pack_examples, plan
+from lora.data import Dataset, Step, check_ids, hash_of, load_dataset, pack_examples, plan, without_their_word
 from lora.errors import UserError, exit_code
 from lora.files import locked
 from lora.hub import default_model, fetch
@@ -36,11 +36,20 @@ def main(argv: list[str]) -> int:
     config = parse_training(argv, __doc__)
     if config.data.level != "all":
         return train_one(config)
-    for level in LEVELS:
-        folder = config.run.run_dir
-        own = ["--level", level] if folder is None else ["--level", level, "--run-dir", str(folder / level)]
-        if code := train_one(parse_training([*argv, *own], __doc__)):
+    # Each level has a preset of its own, so each is parsed anew; all of them before the first one starts.
+    parent = config.run.run_dir
+    levels = [["--level", level, *(["--run-dir", str(parent / level)] if parent else [])] for level in LEVELS]
+    configs = [parse_training([*argv, *own], __doc__) for own in levels]
+    for one in configs:
+        new_run(one)
+    for one in configs:
+        if code := train_one(one):
+            left = ", ".join(c.data.level for c in configs[configs.index(one) + 1 :]) or "none"
+            print(f"go on with --resume, and then with each level that was not begun: {left}")
             return code
+        # What the last run leaves behind shall not count as taken by the next.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
     return 0
 
 
@@ -66,6 +75,8 @@ def train_one(config: Config) -> int:
     folder = fetch(source)
     tokenizer = Tokenizer.load(folder, config.data.template_date)
     data = load_dataset(config.data, tokenizer, config.run.seed, math.ceil(config.optim.epochs))
+    if config.data.words and (lost := without_their_word(config.data)):
+        print(f"{len(lost)} sentences do not seem to use their word, so eval.py will not see it either: {lost[0]} ...")
     steps = plan(data.train, config.optim, config.run.seed, data.epochs)
     if resumed and data.hash != resumed.data_hash:
         raise UserError("the examples are not those it began with", str(run), "bring the data back, or start a new run")
@@ -147,7 +158,7 @@ def overview(
         f"held out: {long_eval.dropped} dropped, {long_eval.truncated} truncated",
         "tokens": f"{tokens:,}, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
         "micro-batch": f"{resolved.micro_batch_tokens:,} tokens; first step: {len(first)}, {100 * used:.0f} % full",
-        "steps": f"{len(steps)}, {steps[-1].epoch:g} epochs",
+        "steps": f"{len(steps)}, {round(steps[-1].epoch, 3):g} epochs",
         "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}",
         "run": str(run),
     }

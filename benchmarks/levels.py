@@ -1,12 +1,14 @@
-"""What training on each level's words does to a model: the README's table of levels.
+"""What training on each level's words does to a model: a table of the levels.
 
-    python benchmarks/levels.py --model smollm2-135m            all five levels by their presets; runs under
-    runs/levels/ python benchmarks/levels.py --levels a1 --epochs 1          other flags go to train.py
+    python benchmarks/levels.py --model smollm2-135m
+                          all five levels by their presets, under runs/levels/
+    python benchmarks/levels.py --levels a1 --epochs 1
+                          other flags go to train.py
 
 For each level: train, evaluate base and tuned on held-out words, and train a *control* the same way on the same words
 with each other's sentences. The control learns the format, the length and the style; what the tuned model does better
-than the control on held-out sentences is what it learnt of words. A level that is trained and evaluated already is
-taken as it is, so that an interrupted run goes on where it stopped.
+than the control on held-out sentences is what it learnt of words. A run that is finished already is taken as it is, and
+one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import eval as evaluation
-import lora.data
 import train
+from lora.bootstrap import Tally, difference
 from lora.errors import UserError
 from lora.files import read_json
 from lora.levels import AT_LEVEL, COLUMNS, DATA, LEVELS, Words, read_words, split_words
+from lora.run import CONFIG, FINISHED, ending
 
 
 def shuffled(words: Words) -> Words:
@@ -39,48 +40,50 @@ def shuffled(words: Words) -> Words:
     return {word: words[others.get(word, word)] for word in words}
 
 
-@contextmanager
-def data_of_the_control(level: str):
-    """The level's words with each other's sentences, for as long as the `with` block lasts."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = shuffled(read_words(DATA / f"{level}.tsv"))
-        rows = [COLUMNS, *([word, "", sentence] for word, own in words.items() for sentence in own)]
-        (Path(folder) / f"{level}.tsv").write_text("\n".join(map("\t".join, rows)), encoding="utf-8")
-        lora.data.DATA = Path(folder)
-        try:
-            yield
-        finally:
-            lora.data.DATA = DATA
+def write_control(level: str, path: Path) -> None:
+    """The level's words with each other's sentences, as a table of words. Their parts of speech are left out."""
+    rows = [COLUMNS, *([word, "", s] for word, own in shuffled(read_words(DATA / f"{level}.tsv")).items() for s in own)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map("\t".join, rows)) + "\n", encoding="utf-8")
 
 
-def trained(run: Path, level: str, flags: list[str]) -> None:
-    """A run of train.py in this folder, if there is none yet, and its eval.json."""
-    if not (run / "run_card.json").is_file() and (
-        code := train.main(["--level", level, "--run-dir", str(run), *flags])
-    ):
-        sys.exit(code)
+def trained(run: Path, flags: list[str]) -> None:
+    """Brings the run in this folder to its end."""
+    if (run / CONFIG).is_file():
+        flags = ["--resume"]
+    if ending(run) not in FINISHED and train.main(["--run-dir", str(run), *flags]):
+        sys.exit(f"{run} did not end well")
 
 
 def row(level: str, run: Path, control: Path) -> list[str]:
-    """A line of the table: base -> tuned, the difference's 95 % interval in brackets."""
+    """A line of the table: base -> tuned, the difference's 95 % interval in brackets.
+
+    The control's column has its loss on sentences, and the interval of tuned - control.
+    """
     metrics, card = read_json(run / "eval.json")["metrics"], read_json(run / "run_card.json")
 
     def loss(kind: str) -> str:
-        base, tuned, _, low, high = metrics[f"loss, {kind}"].values()
+        base, tuned, _, low, high, _ = metrics[f"loss, {kind}"].values()
         perplexities = f"{math.exp(base):.1f} -> {math.exp(tuned):.1f}"
         return f"{base:.3f} -> {tuned:.3f} [{low:+.3f}, {high:+.3f}], ppl {perplexities}"
 
     def share(name: str) -> str:
-        base, tuned, _, low, high = (None if x is None else 100 * x for x in metrics[name].values())
+        base, tuned, _, low, high, _ = (None if x is None else 100 * x for x in metrics[name].values())
         if base is None:  # the base wrote no list at all
             return f"- -> {tuned:.0f} %"
         return f"{base:.0f} -> {tuned:.0f} % [{low:+.0f}, {high:+.0f}]"
 
-    beside = read_json(control / "eval.json")["metrics"]["loss, sentences"]["tuned"]
+    mine, others = (read_json(folder / "eval.json") for folder in (run, control))
+    by_word = [
+        Tally({word: (total, count) for word, total, count in side["tallies"]["loss, sentences"]})
+        for side in (others, mine)
+    ]
+    low, high = difference(*by_word)
+    beside = f"{by_word[0].mean:.3f} [{low:+.3f}, {high:+.3f}]"
     losses = [loss(kind) for kind in ("response", "full text", "sentences")]
     shares = [share(name) for name in ("valid lists", "words used", AT_LEVEL)]
     spent = f"{card['steps']}, best {card['best_step']}"
-    return [level, *losses, f"{beside:.3f}", *shares, spent, f"{card['seconds_in_steps']:.0f}"]
+    return [level, *losses, beside, *shares, spent, f"{card['seconds_in_steps']:.0f}"]
 
 
 HEAD = (
@@ -97,9 +100,11 @@ def main() -> None:
     rows = []
     for level in arguments.levels:
         run, control = arguments.folder / level, arguments.folder / f"{level}-control"
-        trained(run, level, flags)
-        with data_of_the_control(level):
-            trained(control, level, flags)
+        table = arguments.folder / f"{level}-control.tsv"
+        if not table.is_file():
+            write_control(level, table)
+        trained(run, ["--level", level, *flags])
+        trained(control, ["--level", level, "--words", str(table), *flags])
         for folder, generations in ((run, "3"), (control, "0")):
             if not (folder / "eval.json").is_file():
                 evaluation.main(["--run", str(folder), "--generations", generations])

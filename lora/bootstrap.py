@@ -15,7 +15,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-DRAWS = 10_000
+DRAWS, BLOCK = 10_000, 100
 
 
 class Tally(dict[Hashable, tuple[float, float]]):
@@ -33,14 +33,22 @@ class Tally(dict[Hashable, tuple[float, float]]):
 
 
 def difference(base: Tally, tuned: Tally, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of tuned.mean - base.mean; units of only one side count there alone. NaN without any."""
+    """The 95 % interval of tuned.mean - base.mean; a unit of one side only counts there alone.
+
+    NaN, unknown, if a side is empty or there is but one unit. Where all units agree the interval has no width: what was
+    never seen to vary cannot be drawn.
+    """
     units = [*dict.fromkeys([*base, *tuned])]
-    if not base or not tuned:
+    if not base or not tuned or len(units) < 2:
         return float("nan"), float("nan")
     sides = np.array([[side.get(unit, (0.0, 0.0)) for unit in units] for side in (base, tuned)])
-    drawn = np.random.default_rng(seed).multinomial(len(units), [1 / len(units)] * len(units), size=DRAWS)
-    totals, counts = (drawn @ sides[..., i].T for i in (0, 1))  # [draws, 2]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = totals / counts
-    low, high = np.nanpercentile(means[:, 1] - means[:, 0], [2.5, 97.5])
+    rng = np.random.default_rng(seed)
+    changes = []
+    for _ in range(DRAWS // BLOCK):
+        drawn = rng.multinomial(len(units), [1 / len(units)] * len(units), size=BLOCK)
+        totals, counts = (drawn @ sides[..., i].T for i in (0, 1))  # [BLOCK, 2]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = totals / counts
+        changes.append(means[:, 1] - means[:, 0])
+    low, high = np.nanpercentile(np.concatenate(changes), [2.5, 97.5])
     return float(low), float(high)

@@ -27,8 +27,20 @@ from torch import Tensor
 
 from lora.config import DataConfig, OptimConfig
 from lora.errors import UserError
-from lora.levels import DATA, Pair, Words, answer, ask, deal, read_words, split_words, wordings
-from lora.tokenizer import Tokenizer
+from lora.levels import (
+    DATA,
+    HELD_OUT_AT_LEAST,
+    Pair,
+    Words,
+    answer,
+    ask,
+    deal,
+    read_words,
+    split_words,
+    uses_of,
+    wordings,
+)
+from lora.tokenizer import Tokenizer, check_messages
 
 T = TypeVar("T")
 
@@ -73,24 +85,41 @@ def words_of(config: DataConfig) -> tuple[Words, Words]:
     words = read_words(path)
     sides = split_words(list(words))
     if min(map(len, sides)) < config.list_size:
-        what = f"of {len(words)} words {len(sides[1])} are held out, and a list takes {config.list_size}"
-        raise UserError(what, str(path), "give more words, or a smaller --list-size")
+        what = f"{len(words)} words are too few: {len(sides[1])} are held out, and a list takes {config.list_size}"
+        how = f"give {HELD_OUT_AT_LEAST + config.list_size} or more, or a smaller --list-size"
+        raise UserError(what, str(path), how)
     train, held_out = ({word: words[word] for word in side} for side in sides)
     return train, held_out
+
+
+def without_their_word(config: DataConfig) -> list[str]:
+    """The sentences of --words in which their word is not recognised: eval.py would count it as not used."""
+    uses = uses_of(config.language)
+    return [
+        f"{word}: {sentence}"
+        for words in words_of(config)
+        for word, sentences in words.items()
+        for sentence in sentences
+        if not uses(word, sentence)
+    ]
 
 
 def list_conversations(
     config: DataConfig, seed: int, epochs: int
 ) -> tuple[list[list[Conversation]], list[Conversation]]:
-    """Train lists, epoch by epoch, and eval lists. `seed` moves the train lists; words and eval lists are fixed."""
+    """Train lists, epoch by epoch, and eval lists (none with --eval-data).
+
+    `seed` moves the train lists; words and eval lists are fixed.
+    """
     train, held_out = words_of(config)
     ways = wordings(config.language, config.level, config.prompt)
-    name = config.level or config.words.stem
+    name = config.words.stem if config.words else config.level
 
     def made(kind: str, words: Words, n: int, draw: int) -> list[Conversation]:
-        if math.comb(len(words), config.list_size) < 2 * n:
+        if math.comb(len(words), config.list_size) < n:
             what = f"{len(words)} {kind} words do not make {n} different lists of {config.list_size}"
-            raise UserError(what, name, f"give more words, or fewer lists (--{kind}-lists, --epochs)")
+            how = {"train": "fewer --train-lists or --epochs", "eval": "fewer --eval-lists"}[kind]
+            raise UserError(what, name, f"give more words, or {how}")
         lists = deal(words, n, config.list_size, np.random.default_rng(draw))
         asked = np.random.default_rng((draw, 1)).integers(len(ways), size=n)
         conversations = []
@@ -101,8 +130,10 @@ def list_conversations(
         return conversations
 
     n = config.train_lists
-    dealt = made("train", train, n * epochs, seed)
-    return [dealt[start : start + n] for start in range(0, len(dealt), n)], made("eval", held_out, config.eval_lists, 0)
+    eval_lists = config.eval_lists if config.eval_data is None else 0
+    calls = (partial(made, "train", train, n * epochs, seed), partial(made, "eval", held_out, eval_lists, 0))
+    dealt, evaluated = _gather(calls)
+    return [dealt[start : start + n] for start in range(0, len(dealt), n)], evaluated
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -131,6 +162,10 @@ def read_jsonl(path: Path) -> list[Conversation]:
         if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
             problems.append(UserError("no list called messages", name, how))
         else:
+            try:
+                check_messages(row["messages"], name)
+            except UserError as error:
+                problems.append(error)
             conversations.append(Conversation(name, row["messages"]))
     if not conversations and not problems:
         problems.append(UserError("no examples", str(path), how))

@@ -12,10 +12,11 @@ never asked for in training and none of its sentences stands there, though it ma
 **Train lists are dealt anew for every epoch**, like cards: each word comes again when (nearly) all have come, in new
 company and with another of its sentences. No list comes twice.
 
-**Judging.** An answer is *valid* if it is a numbered list of the right length and nothing else. Its i-th sentence is
-asked whether the i-th word is used in it, how long it is, whether its words are of the level (English only: cefrpy's
-labels, a word counting at its easiest reading; names and unknown words are left out), whether it stands in the answer
-already, and whether it was copied from the training sentences.
+**Judging.** An answer is *valid* if it is a numbered list of the right length and nothing else, and came to its end.
+Its i-th sentence is asked whether the i-th word is used in it, how long it is, whether its words are of the level
+(English only: cefrpy's labels, a word counting at its easiest reading; what is capitalised inside a sentence is taken
+for a name and left out, and so are words that cefrpy does not know), whether it stands in the answer already, and
+whether it was copied from the training sentences.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ class Language(NamedTuple):
 
 
 def stands_in(word: str, sentence: str) -> bool:
-    """For languages whose forms we do not know: some word of the sentence begins with the word."""
-    return any(token.startswith(word.casefold()) for token in re.findall(r"\w+", sentence.casefold()))
+    """For languages whose forms we do not know: the word begins some word of the sentence, or, where no blanks are
+    written between words, stands anywhere in it."""
+    start = r"(?<!\w)" if " " in sentence.strip() else ""
+    return re.search(start + re.escape(word.casefold()), sentence.casefold()) is not None
 
 
 LANGUAGES = {
@@ -82,6 +85,11 @@ LANGUAGES = {
         uses=turkish.uses,
     ),
 }
+
+
+def uses_of(language: str) -> Callable[[str, str], bool]:
+    """How a language's words are recognised."""
+    return LANGUAGES[language].uses if language in LANGUAGES else stands_in
 
 
 @dataclass(frozen=True)
@@ -115,23 +123,39 @@ def read_words(path: Path) -> Words:
     """word -> its sentences, from a TSV with the columns word, pos, sentence; UserError lists what is wrong with it."""
     how = "write a header and then rows of three fields with tabs between: word, part of speech, sentence"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except OSError as error:
         raise UserError(error.strerror or str(error), str(path), "bring the file back, or name another") from None
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8: {error}", str(path), "save the file as UTF-8") from None
-    if not lines or lines[0].split("\t") != COLUMNS:
+    if lines[0].split("\t") != COLUMNS:
         raise UserError("the first line is not word, pos, sentence", str(path), how)
     words: Words = {}
     problems = []
+    first: dict[str, int] = {}  # where each sentence stands
     for number, line in enumerate(lines[1:], 2):
-        fields = [field.strip() for field in line.split("\t")]
         if not line.strip():
             continue
+        where, fields = f"{path} line {number}", [field.strip() for field in line.split("\t")]
         if len(fields) != 3 or not fields[0] or not fields[2]:
-            problems.append(UserError("not a word, its part of speech and a sentence", f"{path} line {number}", how))
+            problems.append(UserError("not a word, its part of speech and a sentence", where, how))
+        elif any(len(field) > 1 and field[0] == field[-1] == '"' for field in fields):
+            problems.append(
+                UserError("a field in quotes", where, "save the table as tab-separated text without quoting")
+            )
+        elif (earlier := first.setdefault(same(fields[2]), number)) != number:
+            # On both sides of the split it would be learnt and then asked for.
+            problems.append(UserError(f"the sentence of line {earlier} again", where, "write another one"))
         else:
             words.setdefault(fields[0], []).append(fields[2])
+    spellings: dict[str, list[str]] = {}
+    for word in words:
+        spellings.setdefault(word.casefold(), []).append(word)
+    for alike in spellings.values():
+        if len(alike) > 1:
+            problems.append(
+                UserError(f"one word in several spellings: {', '.join(alike)}", str(path), "write it one way")
+            )
     UserError.raise_all(problems)
     return words
 
@@ -179,7 +203,7 @@ def wordings(language: str, level: str | None, prompt: str | None) -> list[str]:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-AT_LEVEL = "words at or below the level"
+LENGTH, AT_LEVEL = "words in a sentence", "words at or below the level"
 
 
 @cache
@@ -219,30 +243,36 @@ def same(sentence: str) -> str:
 
 
 def judge(
-    lists: Sequence[Sequence[Pair]], answers: Sequence[str], language: str, level: str | None, trained: Words
+    lists: Sequence[Sequence[Pair]],
+    answers: Sequence[str],
+    stopped: Sequence[bool],
+    language: str,
+    level: str | None,
+    trained: Words,
 ) -> dict[str, Tally]:
     """What the answers to these lists are worth, metric by metric; each tally by list or by word.
 
+    stopped: whether the model ended each answer itself; one that was cut off is no valid list.
     trained: the words that were trained on, whose sentences an answer may have copied.
     """
-    uses = LANGUAGES[language].uses if language in LANGUAGES else stands_in
+    uses = uses_of(language)
     known = {same(sentence) for sentences in trained.values() for sentence in sentences}
-    names = ("words used", "words in a sentence", "sentences repeated", "sentences copied")
+    names = ("words used", LENGTH, "sentences repeated", "sentences copied")
     valid, tallies = Tally(), {name: Tally() for name in names}
     if level is not None:
         tallies["sentences in the length band"] = Tally()
         if language == "en":
             tallies[AT_LEVEL] = Tally()
-    for number, (pairs, text) in enumerate(zip(lists, answers, strict=True)):
+    for number, (pairs, text, ended) in enumerate(zip(lists, answers, stopped, strict=True)):
         is_list, sentences = read_answer(text, len(pairs))
-        valid.add(number, is_list)
+        valid.add(number, is_list and ended)
         earlier: set[str] = set()
         for (word, _), sentence in zip(pairs, sentences, strict=True):
             tallies["words used"].add(word, uses(word, sentence))
             if not sentence:
                 continue
             length = len(sentence.split())
-            tallies["words in a sentence"].add(word, length)
+            tallies[LENGTH].add(word, length)
             tallies["sentences repeated"].add(word, same(sentence) in earlier)
             tallies["sentences copied"].add(word, same(sentence) in known)
             earlier.add(same(sentence))

@@ -52,7 +52,8 @@ def new_run(config: Config) -> Path:
         if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
             raise UserError("a file is in the way", f"--run-dir {folder}", "give another name")
         return folder
-    name = config.run.recipe or config.data.level or (config.data.words or config.data.data).stem
+    own = config.data.words or config.data.data
+    name = config.run.recipe or (own.stem if own else config.data.level)
     folder, number = RUNS / name, 1
     while folder.exists():
         number += 1

@@ -63,6 +63,10 @@ from lora.files import read_json
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
+# Who may speak. Templates know the last two under one name or the other: what a program answered.
+ROLES = ("system", "user", "assistant", "tool", "ipython")
+
+
 class ChatIds(NamedTuple):
     """A conversation as the model reads it: the ids, and for each whether the loss counts it."""
 
@@ -166,7 +170,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict], loss_on: Literal["response", "last", "full"], name: str) -> ChatIds:
         """A whole conversation: its ids, and as `mask` the tokens of all answers, of the last one, or of everything."""
-        _check_messages(messages, name)
+        check_messages(messages, name)
         text = self.render(messages, name=name)
         encoding = self.backend.encode(text, add_special_tokens=False)
         own_ids, offsets = encoding.ids, encoding.offsets  # each look at these attributes copies the list: look once
@@ -188,7 +192,7 @@ class Tokenizer:
 
     def prompt(self, messages: list[dict], name: str) -> list[int]:
         """The ids that ask for the next answer: the turns so far and the generation prompt."""
-        _check_messages(messages, name)
+        check_messages(messages, name)
         ids = self.encode(self.render(messages, add_generation_prompt=True, name=name))
         return self._missing_bos(ids, name) + ids
 
@@ -244,7 +248,7 @@ class Tokenizer:
         return front
 
 
-def _check_messages(messages: list[dict], name: str) -> None:
+def check_messages(messages: list[dict], name: str) -> None:
     """All that is wrong with the shape of a conversation, in one error."""
     if not isinstance(messages, list) or not messages:
         raise UserError("no list of messages", name, 'write [{"role": "user", "content": "..."}, ...]')
@@ -254,8 +258,8 @@ def _check_messages(messages: list[dict], name: str) -> None:
         if not isinstance(message, dict):
             errors.append(UserError("a message is not an object", where, 'write {"role": "user", "content": "..."}'))
             continue
-        if not isinstance(message.get("role"), str) or not message["role"]:
-            errors.append(UserError("a message has no role", where, 'give "system", "user" or "assistant"'))
+        if (role := message.get("role")) not in ROLES:
+            errors.append(UserError(f"there is no role {role!r}", where, f"give one of {', '.join(ROLES)}"))
         if not isinstance(message.get("content"), str):
             errors.append(UserError("the content is not a text", where, 'give "content" as a string'))
         elif re.search(r"[\ud800-\udfff]", message["content"]):

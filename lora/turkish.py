@@ -81,8 +81,8 @@ def _changed(stem: str) -> set[str]:
     return {stem, stem[:-1] + ("g" if stem.endswith("nk") else _SOFT[stem[-1]])}
 
 
-def uses(word: str, sentence: str) -> bool:
-    """Whether a dictionary form stands in the sentence, inflected or not."""
+def _is_form(token: str, word: str) -> bool:
+    """Whether a token is a dictionary form, inflected or not; both in lower case."""
     stems = _changed(word) | {_PRONOUNS.get(word, word)}
     if re.search(rf"[{_VOWEL}][^{_VOWEL}]+[ıiuü][^{_VOWEL}]$", word):
         stems.add(word[:-2] + word[-1])  # ağz-ı
@@ -93,5 +93,11 @@ def uses(word: str, sentence: str) -> bool:
             stems.add(verb[1][:-1])  # başl-ıyor
             stems |= {verb[1][:-1] + "i"} if len(verb[1]) == 2 else set()  # di-yecek
         readings += [(stems, _FINITE), (stems, _VERBAL_NOUN)]
-    patterns = [f"(?:{'|'.join(map(re.escape, stems))}){endings}" for stems, endings in readings]
-    return any(re.fullmatch(pattern, token) for token in tokens(sentence) for pattern in patterns)
+    return any(re.fullmatch(f"(?:{'|'.join(map(re.escape, stems))}){endings}", token) for stems, endings in readings)
+
+
+def uses(word: str, sentence: str) -> bool:
+    """Whether a dictionary form stands in the sentence, inflected or not; of several words, one after the other."""
+    parts, said = tokens(word), tokens(sentence)
+    starts = range(len(said) - len(parts) + 1)
+    return any(all(_is_form(token, part) for token, part in zip(said[start:], parts)) for start in starts)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ from tiny_chat import (
 import eval as evaluation
 import merge
 import train
-from lora.config import Config, EvalConfig, MergeConfig, flags_of
-from lora.data import held_out, load_dataset, pack_examples
-from lora.errors import exit_code
+from lora.config import Config, DataConfig, EvalConfig, MergeConfig, flags_of
+from lora.data import encode, held_out, list_conversations, load_dataset, pack_examples
+from lora.errors import UserError, exit_code
 from lora.evaluate import evaluate
 from lora.levels import AT_LEVEL, LEVELS
 from lora.levels import DATA as LEVEL_DATA
@@ -435,7 +436,16 @@ def test_all_levels(call, base):
     assert {path.name for path in Path("five").iterdir()} == {*LEVELS}
     for level in LEVELS:
         settings = json_of(Path("five") / level / "config.json")["settings"]
-        assert (settings["level"], settings["train_lists"]) == (level, 3)
+        assert (settings["level"], settings["train_lists"], settings["lora_alpha"]) == (level, 3, 256)
+
+
+def test_all_levels_start_together_or_not_at_all(call, base):
+    """A folder that is taken is told before the first level is trained."""
+    taken = Path("five/b1")
+    taken.mkdir(parents=True)
+    (taken / "config.json").write_text("{}")
+    assert call("train", *FLAGS, "--model", base, "--level", "all", "--run-dir", "five").code == 2
+    assert not Path("five/a1").exists()
 
 
 def test_words_in_turkish(call, base):
@@ -454,6 +464,30 @@ def test_words_in_turkish(call, base):
     assert not {AT_LEVEL, "sentences in the length band"} & result["metrics"].keys()
     assert "left out" in ended.out
     assert call("merge").code == 0
+
+
+def test_sentence_losses_are_those_of_the_sentences(base):
+    """With place k of every example losing k nats, a sentence loses the mean of its places; a list cut short, less."""
+    tokenizer = Tokenizer.load(base)
+    (conversations,), _ = list_conversations(DataConfig(level="a1", train_lists=2), 0, 1)
+    examples, _ = encode(conversations, tokenizer, DataConfig())
+    whole, cut = examples[0], replace(examples[1], ids=examples[1].ids[:200], mask=examples[1].mask[:200])
+    losses = {e.name: torch.arange(len(e.ids), dtype=torch.float64) for e in (whole, cut)}
+    tallies = evaluation.tally_losses(losses, [whole, cut], conversations, tokenizer)
+    total = 0
+    for pair in conversations[0].pairs:
+        loss, n = map(int, tallies["loss, sentences"][pair.word])
+        first = (loss - n * (n - 1) // 2) // n  # the places of a sentence follow each other
+        assert sum(range(first, first + n)) == loss
+        assert tokenizer.decode(whole.ids[first : first + n]).strip() == pair.sentence
+        total += n
+    assert total < whole.supervised
+    assert sum(n for _, n in tallies["loss, sentences"].values()) < sum(e.supervised for e in examples)
+    learnt = [place for place, is_learnt in enumerate(whole.mask) if is_learnt]
+    assert tallies["loss, response"][whole.name] == (sum(learnt), len(learnt))
+    losses[whole.name][5] = torch.nan
+    with pytest.raises(UserError, match="not a number"):
+        evaluation.tally_losses(losses, [whole], [], tokenizer)
 
 
 @pytest.mark.parametrize("flags", [["--quant", "nf4"], ["--recompute", "block"], ["--optimizer", "adamw8bit"]], ids=str)

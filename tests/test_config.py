@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import problems
 
-from lora.config import LINEARS, RECIPES, Config, LoraConfig, flags_of, flat, from_flat, parse_training
+from lora.config import LINEARS, PRESETS, Config, LoraConfig, flags_of, flat, from_flat, parse_training
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_level_recipe():
     assert (optim.batch_size, optim.grad_accum, optim.learning_rate, optim.schedule) == (16, 4, 2e-4, "cosine")
     assert (optim.warmup_ratio, optim.epochs, optim.weight_decay, optim.max_grad_norm) == (0.1, 10, 0.01, 1.0)
     assert config.data.max_length == 512
-    assert RECIPES["a1"].keys() <= flags_of(Config).keys()
+    assert PRESETS["a1"].keys() <= flags_of(Config).keys()
 
 
 def test_precedence(tmp_path):
@@ -156,12 +156,15 @@ def test_toml_values_of_the_wrong_kind(data, tmp_path, line, expected):
     [
         ([], "nothing to train on (--level, --words, --data)"),
         (["--level", "a1", "--data", "x.jsonl"], "more than one thing to train on (--level, --data)"),
-        (["--recipe", "c1-reference", "--words", "x.tsv"], "more than one thing to train on (--level, --words)"),
+        (["--recipe", "c1-reference", "--words", "x.tsv"], "more than one thing to train on (--words, --recipe)"),
         (["--recipe", "c9"], "there is no recipe 'c9' (--recipe)"),
         (["--level", "d1"], "there is no level 'd1' (--level)"),
-        (["--level", "a1", "--language", "tr"], "the levels are English (--language)"),
+        (["--level", "all", "--words", "x.tsv"], "more than one thing to train on (--level, --words)"),
+        (["--level", "a1", "--language", "tr"], "nothing here to use it for (--language)"),
+        (["--level", "a1", "--eval-data", "x.jsonl", "--eval-lists", "3"], "nothing here to use it for (--eval-lists)"),
+        (["--words", "x.tsv", "--prompt", ""], "nothing is asked (--prompt)"),
         (["--words", "x.tsv", "--language", "de"], "no wording for this language (--language de)"),
-        (["--data", "x.jsonl", "--list-size", "5"], "only lists of words have it (--list-size)"),
+        (["--data", "x.jsonl", "--list-size", "5"], "nothing here to use it for (--list-size)"),
         (["--level", "a1", "--target-modules", ""], "no linear was named (--target-modules)"),
         (["--level", "a1", "--lora-ra", "4"], "unknown argument --lora-ra (command line)"),
         (

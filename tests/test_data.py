@@ -1,5 +1,6 @@
 """lora/data.py: which examples there are, which step sees them, and how a step is cut into packs."""
 
+import json
 import math
 from collections import Counter
 
@@ -58,7 +59,7 @@ def test_unusable_file(tmp_path, content, what):
 
 def test_byte_order_mark(tmp_path):
     """Windows editors write one."""
-    path = write_jsonl(tmp_path / "chat.jsonl", ["\ufeff" + '{"messages": []}'])
+    path = write_jsonl(tmp_path / "chat.jsonl", ["\ufeff" + json.dumps(chat("Hi", "Ho"))])
     assert len(read_jsonl(path)) == 1
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora.english import inflections, uses
+from lora.english import IRREGULAR, inflections, uses
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,10 @@ from lora.english import inflections, uses
         ("life", "lives"),
         ("quiz", "quizzes"),
         ("be", "am is are was were been being"),
+        ("undo", "undoes undid undone undoing"),
+        ("analysis", "analyses"),
+        ("businesswoman", "businesswomen"),
+        ("well", "better best"),
     ],
 )
 def test_forms(word, forms):
@@ -45,6 +49,10 @@ def test_forms(word, forms):
         ("in", "inner"),
         ("be", "best"),
         ("see", "seed"),
+        ("us", "used"),
+        ("for", "forest"),
+        ("we", "west"),
+        ("to", "toes"),
         ("go", "good"),
         ("lie", "life"),
     ],
@@ -58,3 +66,15 @@ def test_uses():
     assert uses("child", "The children's room is big.")
     assert not uses("art", "We start at ten.")
     assert not uses("up", "")
+    assert uses("look after", "He looked after them.")
+    assert not uses("look after", "Look at me after lunch.")
+    assert uses("well-known", "She is well-known here.")
+    assert uses("o'clock", "It is ten o\u2019clock.")
+    assert uses("caf\u00e9", "Two caf\u00e9s are open.")
+    assert uses("man", "That man's hat is red.")
+
+
+def test_the_table_is_whole():
+    """No entry begins with a form of another one: a bar in the wrong place would make it so."""
+    for word in ("undid", "underwent", "went", "broken", "gone"):
+        assert word not in IRREGULAR

@@ -10,7 +10,7 @@ from tiny_chat import random_examples, tiny_chat_folder, wrapped_adapter
 
 from lora.config import LoraConfig
 from lora.data import pack_examples
-from lora.evaluate import evaluate
+from lora.evaluate import evaluate, token_losses
 from lora.model import Llama
 
 EXAMPLES = random_examples([2, 9, 40, 9, 17])
@@ -67,3 +67,16 @@ def test_adapter_on_and_off(tmp_path):
     with adapter.off(model):
         assert evaluate(model, packs(1000)) == base
     assert not adapter.grad.any()
+
+
+def test_token_losses(model):
+    """Each token has the loss of being predicted from those before it, in its example's place."""
+    found = token_losses(model, packs(60))
+    assert found.keys() == {example.name for example in EXAMPLES}
+    for example in EXAMPLES:
+        own = found[example.name]
+        assert own[0].isnan()
+        ids = torch.tensor(example.ids)
+        want = -torch.log_softmax(logits(model, ids, (len(ids),)).double(), dim=1)[:-1]
+        want = want.gather(1, ids[1:, None]).squeeze(1)
+        torch.testing.assert_close(own[1:], want, rtol=0, atol=1e-5)

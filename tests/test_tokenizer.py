@@ -349,10 +349,10 @@ def test_roles_that_do_not_alternate(llama2):
         (
             [{"role": "", "content": "x"}, "Hello", {"role": "assistant", "content": None}, {"from": "human"}],
             [
-                "no role (line 3, message 1)",
+                "no role '' (line 3, message 1)",
                 "not an object (line 3, message 2)",
                 "not a text (line 3, message 3)",
-                "no role (line 3, message 4)",
+                "no role None (line 3, message 4)",
                 "not a text (line 3, message 4)",
             ],
         ),

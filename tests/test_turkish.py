@@ -33,6 +33,9 @@ from lora.turkish import uses
         ("okumak", "Kitap okumuyorum."),
         ("içmek", "Çay içmez misin?"),
         ("görmek", "Seni gördüğüme sevindim."),
+        ("İstanbul", "İstanbul'da yaşıyorum."),
+        ("Pazartesi", "Pazartesi günü geldi."),
+        ("teşekkür etmek", "Size teşekkür ediyorum."),
     ],
 )
 def test_uses(word, sentence):

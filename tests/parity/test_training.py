@@ -103,7 +103,7 @@ def test_twenty_steps(folder, tmp_path, lora):
     data = Dataset(EXAMPLES, EXAMPLES[:2], Overlong(0, 0), Overlong(0, 0))
     optimiser = build_optimiser("adamw", adapter.flat, adapter.grad, optim.weight_decay)
     settings = (optim, RunConfig(eval_every=100), tmp_path, str(folder))
-    assert loop.train(model, adapter, optimiser, data, steps, loop.State(), 64, *settings) == "finished"
+    assert loop.train(model, adapter, optimiser, data, steps, loop.State(64), *settings) == "finished"
     got = [(line["loss"], line["grad_norm"]) for line in read_metrics(tmp_path) if line["kind"] == "train"]
     assert len(got) == 20
     assert want[0][0] - want[-1][0] > 0.1, "it learns too little to compare"
