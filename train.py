@@ -22,7 +22,7 @@ from lora.config import Config, parse_training
 from lora.data import Dataset, Step, check_ids, hash_of, load_dataset, pack_examples, plan, without_their_word
 from lora.errors import UserError, exit_code
 from lora.files import locked
-from lora.hub import default_model, fetch
+from lora.hub import SMOLLM2, default_model, fetch
 from lora.levels import LEVELS
 from lora.log import memory_peak_gib, print_table
 from lora.loop import Diverged, LossScale, State, restore, train
@@ -115,7 +115,8 @@ def train_one(config: Config) -> int:
             state.loss_scale = LossScale(16.0, moving=True)
         ending = "failed"
         try:
-            ending = train(model, adapter, optimiser, data, steps, state, config.optim, config.run, run, source)
+            base = str(folder) if source == SMOLLM2 else source  # where other programs find it
+            ending = train(model, adapter, optimiser, data, steps, state, config.optim, config.run, run, base)
         except Diverged as error:
             ending = "diverged"
             print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -34,6 +33,9 @@ class AdamW8bit:
     """8-bit state in blocks of 256: one launch over the flat buffer. flat, grad fp32 [n], n a multiple of 256."""
 
     def __init__(self, flat: Tensor, grad: Tensor, weight_decay: float):
+        import bitsandbytes.functional as bnb  # takes seconds to load
+
+        self.bnb = bnb
         self.flat, self.grad, self.weight_decay = flat, grad, weight_decay
         self.state = {
             "step": torch.zeros((), dtype=torch.int64),
@@ -48,7 +50,7 @@ class AdamW8bit:
     def step(self, lr: float, grad_scale: float) -> None:
         s = self.state
         s["step"] += 1
-        bnb.optimizer_update_8bit_blockwise(
+        self.bnb.optimizer_update_8bit_blockwise(
             "adam", self.grad, self.flat, s["m"], s["v"], *BETAS, 0.0, 0.0, EPS, int(s["step"]), lr,
             self.m_table, self.v_table, s["m_absmax"], s["v_absmax"], self.weight_decay, grad_scale,
         )  # fmt: skip

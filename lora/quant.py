@@ -14,32 +14,42 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import kernels
 
-# bitsandbytes looks for a package called `kernels` to fetch a matmul that is not used here, and warns that ours is not
-# it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import bitsandbytes.functional as bnb  # noqa: E402
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 BLOCK = 64
+
+
+@cache
+def bnb() -> ModuleType:
+    """bitsandbytes' functions. They take seconds to load, which --help or a mistyped flag should not wait for."""
+    # It looks for a package called `kernels` to fetch a matmul that is not used here, and warns that ours is not it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
 
 
 class NF4Linear(nn.Module):
     """x W^T with W [out, in] kept as NF4 codes: uint8, two weights a byte, and bitsandbytes' state beside them."""
 
-    def __init__(self, codes: Tensor, state: bnb.QuantState):
+    def __init__(self, codes: Tensor, state: QuantState):
         super().__init__()
         self.codes, self.state = codes, state
 
     @classmethod
     def quantise(cls, weight: Tensor) -> NF4Linear:
         """weight [out, in], 16 or 32 bit, on the device where it stays."""
-        codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
+        codes, state = bnb().quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
         return cls(codes, state)
 
     @classmethod
@@ -47,7 +57,7 @@ class NF4Linear(nn.Module):
         """From the tensors of one linear in a bnb-4bit folder: `weight`, `weight.absmax`, `weight.quant_map`, ..."""
         codes = parts["weight"]
         rest = {name.removeprefix("weight."): tensor for name, tensor in parts.items() if name != "weight"}
-        return cls(codes, bnb.QuantState.from_dict(rest, device=codes.device))
+        return cls(codes, bnb().QuantState.from_dict(rest, device=codes.device))
 
     @property
     def shape(self) -> torch.Size:
@@ -58,7 +68,7 @@ class NF4Linear(nn.Module):
         """The weight [out, in], expanded to `dtype`."""
         # bitsandbytes takes the output's dtype from the state.
         self.state.dtype = dtype
-        return bnb.dequantize_4bit(self.codes, self.state)
+        return bnb().dequantize_4bit(self.codes, self.state)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.projections(x, [self], [None])[0]
