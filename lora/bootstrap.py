@@ -1,8 +1,9 @@
 """How sure a mean is, and a difference of two.
 
-A metric is a mean over things that are not independent: the tokens of one answer, the sentences of one word. What is
-independent is kept whole. A `Tally` holds for each *unit* (an answer, a word) its sum and its count; the mean is the
-sum of all sums over the sum of all counts.
+A metric is a mean over things that are not independent: the tokens of one answer, the sentences of one word. They are
+kept together: a `Tally` holds for each *unit* (an answer, a word) its sum and its count, and the mean is the sum of all
+sums over the sum of all counts. (Lists share held-out words. So an interval over lists says how other lists of *these*
+words would do; how other words would do, the metrics that are counted by word say.)
 
 The bootstrap (Efron 1979) draws as many units as there are, with replacement, and takes the mean anew; of many such
 means, 95 % lie between the 2.5th and the 97.5th percentile. For a difference both sides are drawn together, unit by

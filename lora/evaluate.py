@@ -6,7 +6,6 @@ summed, so a batch of short answers weighs no more than its tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,14 +25,6 @@ class Losses:
     full: float
     response_tokens: int
     full_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.response)
-
-    @property
-    def perplexity_full(self) -> float:
-        return math.exp(self.full)
 
 
 def _losses(model: Llama, pack: Pack) -> Tensor:

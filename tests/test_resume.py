@@ -24,7 +24,7 @@ from lora.checkpoint import checkpoints
 from lora.errors import exit_code
 from lora.files import new_folder
 from lora.log import read_metrics
-from lora.run import read_run
+from lora.run import FINISHED, ending, read_run
 
 STEPS = 40
 FLAGS = [
@@ -197,7 +197,9 @@ def test_killed_at_every_write(trainer, whole, tmp_path):
         code = trainer(run, *trainer.new("--optimizer", "adamw"), last_disk_call=call)
         if code == 0:
             break
-        assert trainer(run, "--resume") == 0, trainer.said()
+        # The last call of all comes when the card is in its place and says that the run is finished.
+        if ending(run) not in FINISHED:
+            assert trainer(run, "--resume") == 0, trainer.said()
         assert_same(run, whole_run)
         shutil.rmtree(run)
         call += 1
