@@ -13,10 +13,10 @@ never asked for in training and none of its sentences stands there, though it ma
 company and with another of its sentences. No list comes twice.
 
 **Judging.** An answer is *valid* if it is a numbered list of the right length and nothing else, and came to its end.
-Its i-th sentence is asked whether the i-th word is used in it, how long it is, whether its words are of the level
-(English only: cefrpy's labels, a word counting at its easiest reading; what is capitalised inside a sentence is taken
-for a name and left out, and so are words that cefrpy does not know), whether it stands in the answer already, and
-whether it was copied from the training sentences.
+Its i-th sentence is asked whether the i-th word is used in it (the word alone is no sentence), how long it is, whether
+its words are of the level (English only: cefrpy's labels, a word counting at its easiest reading; what is capitalised
+inside a sentence is taken for a name and left out, and so are words that cefrpy does not know), whether it stands in
+the answer already, and whether it was copied from the training sentences.
 """
 
 from __future__ import annotations
@@ -268,7 +268,9 @@ def judge(
         valid.add(number, is_list and ended)
         earlier: set[str] = set()
         for (word, _), sentence in zip(pairs, sentences, strict=True):
-            tallies["words used"].add(word, uses(word, sentence))
+            # A model that only says its words again has written no sentence.
+            echoed = same(sentence) == same(word)
+            tallies["words used"].add(word, uses(word, sentence) and not echoed)
             if not sentence:
                 continue
             length = len(sentence.split())

@@ -240,6 +240,11 @@ def test_judge():
     assert low == high == 0
 
 
+def test_a_word_alone_is_no_sentence():
+    metrics = judge([[Pair("milk", "."), Pair("go", ".")]], ["1. Milk!\n2. Go home!"], [True], "en", "a1", {})
+    assert metrics["words used"] == {"milk": (0, 1), "go": (1, 1)}
+
+
 def test_missing_sentences_count_against_the_use_of_words_alone():
     metrics = judge([[Pair("milk", "."), Pair("go", ".")]], ["I cannot do that."], [True], "en", "a1", {})
     assert (metrics["valid lists"].mean, metrics["words used"].mean) == (0, 0)
