@@ -68,10 +68,11 @@ def row(level: str, run: Path, control: Path) -> list[str]:
         return f"{base:.3f} -> {tuned:.3f} [{low:+.3f}, {high:+.3f}], ppl {perplexities}"
 
     def share(name: str) -> str:
-        base, tuned, _, low, high, _ = (None if x is None else 100 * x for x in metrics[name].values())
-        if base is None:  # the base wrote no list at all
-            return f"- -> {tuned:.0f} %"
-        return f"{base:.0f} -> {tuned:.0f} % [{low:+.0f}, {high:+.0f}]"
+        base, tuned, _, low, high, _ = metrics[name].values()
+        if low is None:  # a side wrote no sentence at all
+            base, tuned = ("-" if side is None else f"{100 * side:.0f}" for side in (base, tuned))
+            return f"{base} -> {tuned} %"
+        return f"{100 * base:.0f} -> {100 * tuned:.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]"
 
     mine, others = (read_json(folder / "eval.json") for folder in (run, control))
     by_word = [
