@@ -48,8 +48,9 @@ def main(argv: list[str]) -> int:
             print(f"go on with --resume, and then with each level that was not begun: {left}")
             return code
         # What the last run leaves behind shall not count as taken by the next.
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     return 0
 
 

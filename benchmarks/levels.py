@@ -60,7 +60,8 @@ def row(level: str, run: Path, control: Path) -> list[str]:
 
     The control's column has its loss on sentences, and the interval of tuned - control.
     """
-    metrics, card = read_json(run / "eval.json")["metrics"], read_json(run / "run_card.json")
+    mine, others = (read_json(folder / "eval.json") for folder in (run, control))
+    metrics, card = mine["metrics"], read_json(run / "run_card.json")
 
     def loss(kind: str) -> str:
         base, tuned, _, low, high, _ = metrics[f"loss, {kind}"].values()
@@ -74,7 +75,6 @@ def row(level: str, run: Path, control: Path) -> list[str]:
             return f"{base} -> {tuned} %"
         return f"{100 * base:.0f} -> {100 * tuned:.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]"
 
-    mine, others = (read_json(folder / "eval.json") for folder in (run, control))
     by_word = [
         Tally({word: (total, count) for word, total, count in side["tallies"]["loss, sentences"]})
         for side in (others, mine)

@@ -1,8 +1,8 @@
 """The inflected forms of an English word: how it may stand in a sentence and still be that word.
 
 Spelling rules make the regular forms (city -> cities, stop -> stopping, happy -> happier); a table has the others. More
-forms are allowed than one word has (both "traveled" and "travelled", "worser" for nothing): this is made to recognise
-words in text, not to write them.
+forms are allowed than one word has (both "traveled" and "travelled"): this is made to recognise words in text, not to
+write them.
 """
 
 from __future__ import annotations
