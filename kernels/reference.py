@@ -342,10 +342,11 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor
     """
     head = head.to(hidden.dtype)
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    all_logits = hidden.new_empty(min(_LOGIT_ROWS, len(targets)), len(head))
     buffer = torch.empty(_SOFTMAX_ROWS, len(head), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
-        logits = hidden[rows] @ head.t()
+        logits = torch.mm(hidden[rows], head.t(), out=all_logits[: len(hidden[rows])])
         parts = (x.split(_SOFTMAX_ROWS) for x in (logits, targets[rows, None], losses[rows, None]))
         for logit, target, loss in zip(*parts, strict=True):
             wide = buffer[: len(logit)].copy_(logit)
