@@ -37,16 +37,38 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, weight, rho = ctx.saved_tensors
-        wide, g = x.float(), dy.float() * weight
-        inner = torch.linalg.vecdot(g, wide).unsqueeze(-1) * rho.square() / x.shape[-1]
-        dx = g.addcmul_(wide, inner, value=-1).mul_(rho)
-        return dx.to(x.dtype), None, None
+        return _rms_norm_backward(*ctx.saved_tensors, dy).to(dy.dtype), None, None
+
+
+def _rms_norm_backward(x: Tensor, weight: Tensor, rho: Tensor, dy: Tensor) -> Tensor:
+    """dx, fp32"""
+    wide, g = x.float(), dy.float() * weight
+    inner = torch.linalg.vecdot(g, wide).unsqueeze(-1) * rho.square() / x.shape[-1]
+    return g.addcmul_(wide, inner, value=-1).mul_(rho)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation (Zhang and Sennrich 2019). x [T, n], weight [n] (frozen) -> [T, n]."""
     return RMSNorm.apply(x, weight, eps)
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """t = x + d, y = RMSNorm(t). Both inputs have the gradient dt + (what RMSNorm gives back for dy)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, d: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        t = x + d
+        return t, RMSNorm.forward(ctx, t, weight, eps)
+
+    @staticmethod
+    def backward(ctx, dt: Tensor, dy: Tensor):
+        dx = _rms_norm_backward(*ctx.saved_tensors, dy).add_(dt).to(dt.dtype)
+        return dx, dx, None, None
+
+
+def add_rms_norm(x: Tensor, d: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A step of the residual stream and its norm: x + d and rms_norm(x + d). x, d [T, n] -> two of [T, n]."""
+    return AddRMSNorm.apply(x, d, weight, eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -230,8 +252,33 @@ def dropout_mask(keys: Tensor, channels: int, p: float) -> Tensor:
     return (bits >> 8) & 0xFFFFFF >= round(p * 2**24)
 
 
+class NF4(NamedTuple):
+    """The tensors of one NF4 matrix [out, in], as bitsandbytes keeps them (lora/quant.py tells what they mean).
+
+    Weight number e, row by row, is table[code_e] * absmax_{e // 64}, where absmax_b = table2[code2_b] *
+    absmax2_{b // 256} + mean. Two codes share a byte, the first in its high half.
+    """
+
+    codes: Tensor  # uint8 [out * in / 2]
+    table: Tensor  # fp32 [16]
+    code2: Tensor  # uint8 [out * in / 64]
+    table2: Tensor  # fp32 [256]
+    absmax2: Tensor  # fp32 [out * in / 64 / 256], rounded up
+    mean: Tensor  # fp32 []
+
+
+def expand_nf4(weight: NF4, out: Tensor) -> Tensor:
+    """Writes the weight to `out` [out, in], whose rows may lie apart: fp32 products, rounded once. Returns `out`."""
+    codes = torch.stack((weight.codes >> 4, weight.codes & 15), dim=1).view(-1)[: out.numel()]
+    absmax2 = weight.absmax2.repeat_interleave(256)[: len(weight.code2)]
+    absmax = weight.table2[weight.code2.int()] * absmax2 + weight.mean
+    return out.copy_((weight.table[codes.int()] * absmax.repeat_interleave(64)[: len(codes)]).view(out.shape))
+
+
 class FrozenLinear(Protocol):
     """A weight that never learns, however it is stored."""
+
+    nf4: NF4 | None  # None: it is not stored as NF4
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`."""

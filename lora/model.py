@@ -89,6 +89,8 @@ def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
 class Linear(nn.Module):
     """x W^T with a frozen W [out, in]; Llama has no biases."""
 
+    nf4 = None
+
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in), requires_grad=False)
@@ -116,6 +118,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """x + d, and that normalised; two of [T, n]."""
+        return kernels.add_rms_norm(x, d, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -164,8 +170,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x, h = self.post_attention_layernorm.add(x, attended)
+        return x + self.mlp(h)
 
 
 class Embedding(nn.Module):

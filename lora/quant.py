@@ -64,6 +64,12 @@ class NF4Linear(nn.Module):
         """(out, in)"""
         return self.state.shape
 
+    @property
+    def nf4(self) -> kernels.NF4:
+        """The tensors themselves, for kernels that expand them their own way."""
+        state, second = self.state, self.state.state2
+        return kernels.NF4(self.codes.view(-1), state.code, state.absmax, second.code, second.absmax, state.offset)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], expanded to `dtype`."""
         # bitsandbytes takes the output's dtype from the state.

@@ -1,9 +1,14 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is defined: without a GPU they are interpreted, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from lora.errors import UserError
 from lora.hub import SMOLLM2, fetch

@@ -1,0 +1,21 @@
+"""The ops of reference.py as Triton kernels, under the same names and with the same signatures, for CUDA GPUs."""
+
+from kernels.fused.attention import attention
+from kernels.fused.cross_entropy import linear_cross_entropy, token_losses
+from kernels.fused.lora_linear import projections
+from kernels.fused.nf4 import expand_nf4
+from kernels.fused.rms_norm import add_rms_norm, rms_norm
+from kernels.fused.rope import rope
+from kernels.fused.swiglu import swiglu
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "expand_nf4",
+    "linear_cross_entropy",
+    "projections",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "token_losses",
+]

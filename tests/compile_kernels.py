@@ -1,0 +1,108 @@
+"""Compiles the kernels of the fused ops for GPUs that are not here, and prints what each needs.
+
+    python tests/compile_kernels.py
+
+Triton's interpreter runs a kernel as Python would and lets pass what its compiler refuses; the compiler needs no GPU.
+So every launch is caught, and its kernel compiled to machine code for the types and constants it was launched with. A
+kernel that spills registers is an error, too. (Nothing is computed: outputs stay as they were.)
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels import fused
+from kernels.fused import lora_linear
+from kernels.reference import LowRank
+from lora.quant import NF4Linear
+
+CAPABILITIES = (75, 80, 90)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+done: set[str] = set()
+
+
+def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """The kernel for these arguments, specialised as a launch would: numbers that 16 divides are known to be."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value == 1 if not isinstance(value, torch.Tensor) else False:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_launch(kernel: JITFunction, *values, **named) -> None:
+    options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+    source = source_of(kernel, dict(zip(kernel.arg_names, values, strict=False)) | named)
+    for capability in CAPABILITIES:
+        what = f"{kernel.__module__}.{kernel.__name__} sm_{capability} {source.signature} {source.constants} {options}"
+        if what in done or (capability < 80 and "*bf16" in source.signature.values()):
+            continue
+        done.add(what)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            listing = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True)
+        registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", listing.stdout)[-1]
+        name = f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}"
+        print(f"{name:28} sm_{capability}  {registers:>3} registers, {compiled.metadata.shared:>6} bytes shared")
+        if int(stack):
+            sys.exit(f"{what}: {stack} bytes of registers are spilled")
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Each op, forward and backward, in the shapes of Llama-3.2-1B and a few tokens."""
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype).requires_grad_()
+
+    weight, angles = leaf(2048).detach(), torch.zeros(4, 32)
+    fused.rms_norm(leaf(4, 2048), weight, 1e-5).sum().backward()
+    sum(y.sum() for y in fused.add_rms_norm(leaf(4, 2048), leaf(4, 2048), weight, 1e-5)).backward()
+    sum(y.sum() for y in fused.rope(leaf(4, 32, 64), leaf(4, 8, 64), angles, angles)).backward()
+    fused.swiglu(leaf(4, 8192), leaf(4, 8192)).sum().backward()
+    targets = torch.zeros(4, dtype=torch.int64)
+    fused.linear_cross_entropy(leaf(4, 64), leaf(128256, 64).detach(), targets).backward()
+    for tokens in (32, 100):
+        for p, (n_out, n_in) in ((0.05, (512, 2048)), (0.0, (512, 2048)), (0.0, (2048, 512))):
+            a, b = torch.zeros(16, n_in, requires_grad=True), torch.zeros(n_out, 16, requires_grad=True)
+            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+            update = LowRank(a, b, a.detach().to(dtype), b.detach().to(dtype))
+            frozen, keys = NF4Linear.quantise(torch.ones(n_out, n_in)), torch.zeros(tokens, dtype=torch.int32)
+            (y,) = fused.projections(leaf(tokens, n_in), [frozen], [update], 1.0, p, keys)
+            y.sum().backward()
+
+
+if __name__ == "__main__":
+    assert lora_linear._FEW < 100
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *values, **named: compile_launch(kernel, *values, **named)
+    for dtype in (torch.float16, torch.bfloat16):
+        launch_all(dtype)
