@@ -1,0 +1,244 @@
+"""Every fused op on a GPU against its floor, the reference and other people's kernels.
+
+    python benchmarks/kernels.py                     8,192 tokens in the shapes of Llama-3.2-1B
+    python benchmarks/kernels.py --device cpu --tokens 8         a dry run in Triton's interpreter, of small shapes
+
+A floor is what no kernel can beat: the bytes that an op must read and write, at the speed of a copy of as many bytes;
+or its matmuls alone, by the same GEMM library. Both are measured here, in the same run. The GPU's L2 is flushed before
+each repeat, and a time is the median of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+if "cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.throughput import SHAPES, VOCABULARY, Shape
+from kernels import fused, reference
+from kernels.reference import LowRank
+from lora.quant import NF4Linear
+
+Work = Callable[[], object]
+
+
+class Row(NamedTuple):
+    """One line of the table. moved: bytes that must be read or written; matmuls: or what must be multiplied."""
+
+    name: str
+    ours: Work
+    moved: int = 0
+    matmuls: Work | None = None
+    peers: dict[str, Work] = {}  # noqa: RUF012
+
+
+class Clock:
+    """Times work on a device, each time with nothing of it left in the L2."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.repeats = 20 if self.cuda else 2
+        self.flush = torch.empty(256 * 2**20 if self.cuda else 1, dtype=torch.uint8, device=device)
+
+    def ms(self, work: Work) -> float:
+        for _ in range(3 if self.cuda else 1):
+            work()
+        times = []
+        for _ in range(self.repeats):
+            self.flush.zero_()
+            if self.cuda:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                work()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
+            else:
+                begun = time.perf_counter()
+                work()
+                times.append(1000 * (time.perf_counter() - begun))
+        return statistics.median(times)
+
+    def copy_ms(self, moved: int) -> float:
+        """Of a copy that reads and writes this many bytes together."""
+        source = torch.empty(moved // 2, dtype=torch.uint8, device=self.flush.device)
+        target = torch.empty_like(source)
+        return self.ms(lambda: target.copy_(source))
+
+
+def backward_of(op: Callable, *inputs: Tensor) -> tuple[Work, Work]:
+    """op forward; and its backward alone, on outputs that stay."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = op(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    upstream = [torch.randn_like(y) for y in outputs]
+    return lambda: op(*inputs), lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+
+
+def elementwise(shape: Shape, tokens: int, device: torch.device) -> Iterator[Row]:
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+    n, mlp, heads, kv, d = shape.hidden, shape.mlp, shape.heads, shape.kv_heads, shape.head_dim
+    x, delta, weight = draw(tokens, n), draw(tokens, n), draw(n)
+    size = x.itemsize
+    angles = torch.randn(tokens, d // 2, device=device)
+    cases = {
+        "RMSNorm": (lambda ops: lambda x: ops.rms_norm(x, weight, 1e-5), (x,), 2, 3),
+        "RMSNorm + residual": (lambda ops: lambda x, d: ops.add_rms_norm(x, d, weight, 1e-5), (x, delta), 4, 4),
+        "SwiGLU": (lambda ops: ops.swiglu, (draw(tokens, mlp), draw(tokens, mlp)), 3, 5),
+    }
+    for name, (make, inputs, forward, backward) in cases.items():
+        ours, theirs = backward_of(make(fused), *inputs), backward_of(make(reference), *inputs)
+        for i, passes in enumerate((forward, backward)):
+            moved = passes * inputs[0].numel() * size
+            yield Row(f"{name}, {('forward', 'backward')[i]}", ours[i], moved, peers={"reference": theirs[i]})
+    inputs = draw(tokens, heads, d), draw(tokens, kv, d)
+    moved = 2 * size * sum(x.numel() for x in inputs) + 2 * angles.nbytes
+    ours, theirs = (
+        backward_of(lambda q, k, ops=ops: ops.rope(q, k, angles, angles), *inputs) for ops in (fused, reference)
+    )
+    for i, direction in enumerate(("forward", "backward")):
+        yield Row(f"RoPE, {direction}", ours[i], moved, peers={"reference": theirs[i]})
+
+
+def nf4(shape: Shape, device: torch.device) -> Iterator[Row]:
+    for out, into in ((shape.hidden, shape.hidden), (shape.mlp, shape.hidden)):
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        linear = NF4Linear.quantise(torch.randn(out, into, device=device))
+        room = torch.empty(out, into, device=device, dtype=dtype)
+        moved = out * into // 2 + out * into // 64 + room.nbytes
+        weight = linear.nf4
+        yield Row(
+            f"NF4 {into} -> {out}",
+            lambda weight=weight, room=room: fused.expand_nf4(weight, room),
+            moved,
+            peers={"bitsandbytes": lambda linear=linear, dtype=dtype: linear.dense(dtype)},
+        )
+
+
+def loss(shape: Shape, vocabulary: int, tokens: int, device: torch.device) -> Iterator[Row]:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    hidden = torch.randn(tokens, shape.hidden, device=device, dtype=dtype).requires_grad_()
+    head = 0.02 * torch.randn(vocabulary, shape.hidden, device=device, dtype=dtype)
+    targets = torch.randint(0, vocabulary, (tokens,), device=device)
+    rows = min(tokens, 1024)
+    logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
+
+    def matmuls() -> None:
+        for start in range(0, tokens, rows):
+            some = hidden.detach()[start : start + rows]
+            torch.mm(some, head.t(), out=logits[: len(some)])
+            logits[: len(some)] @ head
+
+    def theirs() -> None:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        Liger.apply(hidden, head, targets)
+
+    yield Row(
+        "linear + cross-entropy, loss and gradient",
+        lambda: fused.linear_cross_entropy(hidden, head, targets),
+        matmuls=matmuls,
+        peers={"reference": lambda: reference.linear_cross_entropy(hidden, head, targets), "Liger": theirs},
+    )
+
+
+def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
+    """The seven LoRA linears of a block, forward and backward, NF4 included."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    rank = 128 if device.type == "cuda" else 8
+    keys = torch.arange(tokens, dtype=torch.int32, device=device)
+    groups = []
+    q, k, v, o, gate, up, down = shape.linears
+    for sizes in ([q, k, v], [o], [gate, up], [down]):
+        frozen = [NF4Linear.quantise(0.02 * torch.randn(size, device=device)) for size in sizes]
+        updates = []
+        for out, into in sizes:
+            a = torch.randn(rank, into, device=device).requires_grad_()
+            b = torch.randn(out, rank, device=device).requires_grad_()
+            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+            updates.append(LowRank(a, b, a.detach().to(dtype), b.detach().to(dtype)))
+        x = torch.randn(tokens, sizes[0][1], device=device, dtype=dtype).requires_grad_()
+        upstream = [torch.randn(tokens, out, device=device, dtype=dtype) for out, _ in sizes]
+        groups.append((x, frozen, updates, upstream))
+
+    def run(ops) -> None:
+        for x, frozen, updates, upstream in groups:
+            torch.autograd.backward(ops.projections(x, frozen, updates, 2.0, p, keys), upstream)
+            x.grad = None
+
+    dense = [[linear.dense(dtype) for linear in frozen] for _, frozen, _, _ in groups]
+
+    def matmuls() -> None:
+        for (x, _, updates, upstream), weights in zip(groups, dense, strict=True):
+            x = x.detach()
+            for weight, update, dy in zip(weights, updates, upstream, strict=True):
+                u = x @ update.a_shadow.t()
+                x @ weight.t()
+                u @ update.b_shadow.t()
+                v = dy @ update.b_shadow
+                dy @ weight
+                v @ update.a_shadow
+                v.t() @ x
+                dy.t() @ u
+
+    name = f"the LoRA linears of a block, dropout {p}, forward + backward"
+    return Row(name, lambda: run(fused), matmuls=matmuls, peers={"reference": lambda: run(reference)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    device, tokens = torch.device(arguments.device), arguments.tokens
+    shape, vocabulary = (SHAPES["1b"], VOCABULARY) if device.type == "cuda" else (SHAPES["tiny"], 1000)
+    clock = Clock(device)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, interpreted"
+    print(f"{card}, torch {torch.__version__}")
+    print("| op | ours ms | floor ms | floor / ours | scratch MB | peers ms |\n|---|---|---|---|---|---|")
+
+    def rows() -> Iterator[Row]:
+        yield from elementwise(shape, tokens, device)
+        yield from nf4(shape, device)
+        yield from loss(shape, vocabulary, tokens, device)
+        for p in (0.0, 0.05):
+            yield layer(shape, tokens, p, device)
+
+    for row in rows():
+        ours = clock.ms(row.ours)
+        floor = clock.copy_ms(row.moved) if row.matmuls is None else clock.ms(row.matmuls)
+        scratch = "-"
+        if clock.cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            row.ours()
+            scratch = f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.0f}"
+        peers = []
+        for name, work in row.peers.items():
+            try:
+                peers.append(f"{name} {clock.ms(work):.3f}")
+            except ImportError:
+                peers.append(f"{name} is not installed")
+        print(
+            f"| {row.name} | {ours:.3f} | {floor:.3f} | {floor / ours:.2f} | {scratch} | {', '.join(peers)} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

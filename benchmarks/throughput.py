@@ -1,0 +1,399 @@
+"""The training step on a GPU against the trainers people use: real tokens a second, and the memory it takes.
+
+    python benchmarks/throughput.py                                   every workload, every trainer that is installed
+    python benchmarks/throughput.py --workload short --impl ours unsloth
+    python benchmarks/throughput.py --shape tiny --device cpu --impl ours --workload short       a dry run
+
+Weights are random in the real shapes, the base is NF4 with double quantisation, and every trainer gets the same seeded
+examples, all tokens supervised, in a process of its own; the optimiser step, clipping and (ours) packing are counted.
+The peers run in one hand-written loop: bf16 autocast, bitsandbytes' 8-bit AdamW, rows padded to the longest of a
+micro-batch. Padding is no work done, so a rate counts real tokens only.
+
+Peak memory is torch's, from the loaded model on, warm-up included. The floor is the matmuls that the step cannot do
+without, at the rate of one large bf16 matmul measured in the same process; attention and elementwise work come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Unsloth asks a hub for statistics unless told not to, and must be imported before the rest.
+os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from lora.config import LINEARS, LoraConfig
+from lora.data import Example
+from lora.log import GIB
+
+VOCABULARY = 128256
+WARM, TIMED = 3, 8
+
+
+class Shape(NamedTuple):
+    """Of a Llama model, in the order of the columns below."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(out, in) of the seven in a block."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        n, mlp = self.hidden, self.mlp
+        return [(q, n), (kv, n), (kv, n), (n, q), (mlp, n), (mlp, n), (n, mlp)]
+
+
+SHAPES = {
+    "tiny": Shape(64, 128, 2, 4, 2, 16, True),
+    "1b": Shape(2048, 8192, 16, 32, 8, 64, True),
+    "8b": Shape(4096, 14336, 32, 32, 8, 128, False),
+}
+
+
+class Workload(NamedTuple):
+    shape: str
+    rank: int
+    alpha: int
+    dropout: float
+    batch: int
+    accum: int
+    shortest: int
+    longest: int
+    recompute: bool
+
+
+WORKLOADS = {
+    "full512": Workload("1b", 128, 256, 0.0, 16, 4, 512, 512, False),
+    "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, False),
+    "t1": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, False),
+    "t1-ckpt": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, True),
+    "short": Workload("1b", 16, 16, 0.0, 2, 4, 100, 300, False),
+    "axolotl": Workload("8b", 64, 32, 0.05, 2, 4, 2048, 2048, True),
+}
+
+
+def matmul_flops(shape: Shape, work: Workload) -> int:
+    """A token's: the base forward, backward to its input, and again if recomputed; the update also to its weights."""
+    base = shape.layers * sum(out * into for out, into in shape.linears)
+    update = shape.layers * sum(work.rank * (out + into) for out, into in shape.linears)
+    forwards = 2 if work.recompute else 1
+    return 2 * ((forwards + 1) * base + (forwards + 2) * update + 2 * VOCABULARY * shape.hidden)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of [8192, 4096] x [4096, 8192] in bf16."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n // 2, device=device).bfloat16() for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b.t()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n * n * (n // 2) / statistics.median(seconds)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- the same work for everyone ---------------------------------------------------------------------------------------
+
+
+def write_model(shape: Shape, folder: Path) -> None:
+    """Random weights as a Hugging Face folder, with the tokenizer that some peers will not load without."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    n = shape.hidden
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": n,
+        "intermediate_size": shape.mlp,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": shape.tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 128000,
+        "eos_token_id": 128009,
+        "torch_dtype": "bfloat16",
+    }
+    names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    names += [f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return (0.02 * torch.randn(size, generator=generator)).bfloat16()
+
+    tensors = {"model.embed_tokens.weight": draw(VOCABULARY, n), "model.norm.weight": torch.ones(n).bfloat16()}
+    if not shape.tied:
+        tensors["lm_head.weight"] = draw(VOCABULARY, n)
+    for layer in range(shape.layers):
+        block = f"model.layers.{layer}."
+        for name, size in zip(names, shape.linears, strict=True):
+            tensors[f"{block}{name}.weight"] = draw(*size)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{block}{norm}.weight"] = torch.ones(n).bfloat16()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*characters, *(f"<w{i}>" for i in range(len(characters), 128000))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {0: "<|begin_of_text|>", 4: "<|finetune_right_pad_id|>", 9: "<|eot_id|>"}
+    tokenizer.add_special_tokens([special.get(i, f"<|reserved_{i}|>") for i in range(256)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    wrapped = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[9]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(wrapped | {"pad_token": special[4]}))
+
+
+def steps_of(work: Workload) -> list[list[list[int]]]:
+    """The rows of tokens of each step, alike for every trainer."""
+    generator = torch.Generator().manual_seed(1)
+    size = work.batch * work.accum
+    lengths = torch.randint(work.shortest, work.longest + 1, (WARM + TIMED, size), generator=generator).tolist()
+    return [[torch.randint(0, 128000, (n,), generator=generator).tolist() for n in step] for step in lengths]
+
+
+# --- the trainers: each a function that takes the rows of a step and makes it -----------------------------------------
+
+
+def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens: int | None):
+    from lora.adapter import Adapter
+    from lora.build import build_model, choose_micro_batch_tokens
+    from lora.data import pack_examples
+    from lora.loop import LossScale, token_keys, train_step
+    from lora.optim import build_optimiser
+
+    config = LoraConfig(rank=work.rank, alpha=work.alpha, dropout=work.dropout)
+    model = build_model(folder, "nf4", torch.bfloat16, device)
+    model.recompute = work.recompute
+    adapter = Adapter(model, config, seed=0)
+    adapter.wrap(model)
+    optimiser = build_optimiser("adamw8bit", adapter.flat, adapter.grad, weight_decay=0.01)
+    budget = micro_batch_tokens or choose_micro_batch_tokens(model, config, work.recompute)
+    made = 0
+
+    def step(rows: list[list[int]]) -> float:
+        nonlocal made
+        made += 1
+        examples = [Example(str(i), row, [True] * len(row)) for i, row in enumerate(rows)]
+        packs = pack_examples(range(len(examples)), examples, budget)
+        keys = [token_keys(0, made, pack) for pack in packs]
+        return train_step(model, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
+
+    return step
+
+
+def peer(impl: str, work: Workload, folder: Path):
+    if impl == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder), max_seq_length=2048, load_in_4bit=True, dtype=torch.bfloat16
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=work.rank,
+            lora_alpha=work.alpha,
+            lora_dropout=work.dropout,
+            target_modules=list(LINEARS),
+            bias="none",
+            use_gradient_checkpointing="unsloth" if work.recompute else False,
+            random_state=0,
+        )
+    else:
+        from peft import LoraConfig as PeftConfig
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        if impl == "peft-liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama()
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=four_bit,
+            dtype=torch.bfloat16,
+            attn_implementation="sdpa",
+            device_map={"": 0},
+        )
+        if work.recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        config = PeftConfig(
+            r=work.rank,
+            lora_alpha=work.alpha,
+            lora_dropout=work.dropout,
+            target_modules=list(LINEARS),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+    import bitsandbytes
+
+    model.config.use_cache = False
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = bitsandbytes.optim.AdamW8bit(parameters, lr=2e-4, weight_decay=0.01)
+
+    def step(rows: list[list[int]]) -> float:
+        for start in range(0, len(rows), work.batch):
+            some = rows[start : start + work.batch]
+            width = max(map(len, some))
+            ids = torch.full((len(some), width), 128004)
+            for i, row in enumerate(some):
+                ids[i, : len(row)] = torch.tensor(row)
+            mask = torch.arange(width) < torch.tensor([[len(row)] for row in some])
+            batch = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
+            if not mask.all():
+                batch["attention_mask"] = mask.long()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(**{name: tensor.cuda() for name, tensor in batch.items()}).loss
+            (loss / work.accum).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(impl: str, work: Workload, folder: Path, device: torch.device, budget: int | None) -> dict[str, float]:
+    step = ours(work, folder, device, budget) if impl == "ours" else peer(impl, work, folder)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rates, seconds = [], []
+    for rows in steps_of(work):
+        synchronise(device)
+        start = time.perf_counter()
+        loss = step(rows)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+        rates.append(sum(map(len, rows)) / seconds[-1])
+    cuda = device.type == "cuda"
+    return {
+        "median": statistics.median(rates[WARM:]),
+        "best": max(rates[WARM:]),
+        "first_s": seconds[0],
+        "step_ms": 1000 * statistics.median(seconds[WARM:]),
+        "gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else 0.0,
+        "floor_rate": matmul_rate(device) / matmul_flops(SHAPES[work.shape], work),
+        "loss": loss,
+    }
+
+
+HEAD = (
+    "workload", "trainer", "tokens/s median", "best", "step ms", "peak GiB", "reserved GiB", "of unsloth's rate",
+    "of its memory", "of the matmul floor", "first step s",
+)  # fmt: skip
+
+
+def installed(impl: str) -> bool:
+    needs = {"ours": (), "peft": ("peft",), "peft-liger": ("peft", "liger_kernel"), "unsloth": ("unsloth",)}
+    return all(importlib.util.find_spec(package) for package in needs[impl])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
+    parser.add_argument("--impl", nargs="+", choices=("ours", "unsloth", "peft", "peft-liger"))
+    parser.add_argument("--shape", choices=SHAPES, help="instead of the workload's own")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--micro-batch-tokens", type=int, help="of ours; chosen from free memory if not given")
+    parser.add_argument("--folder", type=Path, help="where the random models go, and stay; else a temporary folder")
+    parser.add_argument("--measure", metavar="IMPL", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    works = {name: WORKLOADS[name] for name in arguments.workload}
+    if arguments.shape:
+        works = {name: work._replace(shape=arguments.shape) for name, work in works.items()}
+    if arguments.measure:
+        (work,) = works.values()
+        result = measure(arguments.measure, work, arguments.folder, device, arguments.micro_batch_tokens)
+        print("RESULT " + json.dumps(result))
+        return
+
+    everyone = ["ours", "unsloth", "peft", "peft-liger"]
+    impls = arguments.impl or [impl for impl in everyone if installed(impl)]
+    if missing := [impl for impl in everyone if not installed(impl)]:
+        print(f"not installed here: {', '.join(missing)}")
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{card}, torch {torch.__version__}")
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
+    with tempfile.TemporaryDirectory() as temporary:
+        parent = arguments.folder or Path(temporary)
+        for name, work in works.items():
+            folder = parent / work.shape
+            if not folder.exists():
+                write_model(SHAPES[work.shape], folder)
+            results = {}
+            for impl in impls:
+                command = [sys.executable, __file__, "--workload", name, "--shape", work.shape, "--measure", impl]
+                command += ["--device", arguments.device, "--folder", str(folder)]
+                if arguments.micro_batch_tokens:
+                    command += ["--micro-batch-tokens", str(arguments.micro_batch_tokens)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                line = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+                if line:
+                    results[impl] = json.loads(line[0].removeprefix("RESULT "))
+                else:
+                    print(f"| {name} | {impl} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]} |")
+            for impl, r in results.items():
+                beside = results.get("unsloth")
+                cells = [name, impl, f"{r['median']:,.0f}", f"{r['best']:,.0f}", f"{r['step_ms']:.1f}"]
+                cells += [f"{r['gib']:.2f}", f"{r['reserved_gib']:.2f}"]
+                cells += [f"{r[key] / beside[key]:.2f}" if beside else "-" for key in ("median", "gib")]
+                cells += [f"{r['median'] / r['floor_rate']:.0%}", f"{r['first_s']:.1f}"]
+                print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
