@@ -40,11 +40,19 @@ def bnb() -> ModuleType:
 
 
 class NF4Linear(nn.Module):
-    """x W^T with W [out, in] kept as NF4 codes: uint8, two weights a byte, and bitsandbytes' state beside them."""
+    """x W^T with W [out, in] kept as NF4 codes: uint8, two weights a byte, and bitsandbytes' state beside them.
+
+    shape: (out, in)
+    """
 
     def __init__(self, codes: Tensor, state: QuantState):
         super().__init__()
-        self.codes, self.state = codes, state
+        self.codes, self.state, self.shape = codes, state, state.shape
+        if self.shape[1] % BLOCK:
+            # On a CPU bitsandbytes 0.50 expands row by row and begins a block with every row, though quantising does
+            # not: rows that do not end with a block come out wrong. As one row per block, or as a single row, none do.
+            n = self.shape.numel()
+            state.shape = torch.Size((n // BLOCK, BLOCK) if n % BLOCK == 0 else (1, n))
 
     @classmethod
     def quantise(cls, weight: Tensor) -> NF4Linear:
@@ -60,21 +68,18 @@ class NF4Linear(nn.Module):
         return cls(codes, bnb().QuantState.from_dict(rest, device=codes.device))
 
     @property
-    def shape(self) -> torch.Size:
-        """(out, in)"""
-        return self.state.shape
-
-    @property
-    def nf4(self) -> kernels.NF4:
-        """The tensors themselves, for kernels that expand them their own way."""
+    def nf4(self) -> kernels.NF4 | None:
+        """The tensors themselves, for kernels that expand them their own way; None without double quantisation."""
         state, second = self.state, self.state.state2
+        if second is None:
+            return None
         return kernels.NF4(self.codes.view(-1), state.code, state.absmax, second.code, second.absmax, state.offset)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], expanded to `dtype`."""
         # bitsandbytes takes the output's dtype from the state.
         self.state.dtype = dtype
-        return bnb().dequantize_4bit(self.codes, self.state)
+        return bnb().dequantize_4bit(self.codes, self.state).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.projections(x, [self], [None])[0]

@@ -1,0 +1,83 @@
+"""kernels/fused: the whole training step on fused kernels, against the same step on the reference.
+
+The ops one by one are in test_ops.py.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_ops import CUDA
+from tiny_chat import random_examples, tiny_chat_folder, wrapped_adapter
+from torch import Tensor
+
+import kernels
+from kernels import fused, reference
+from lora import loop
+from lora.adapter import Adapter
+from lora.build import build_model
+from lora.config import LoraConfig
+from lora.data import pack_examples
+from lora.model import Llama
+
+EXAMPLES = random_examples((7, 20, 3, 20, 70), vocabulary=299)
+
+
+@pytest.fixture
+def ops(monkeypatch) -> Callable:
+    """ops(module): from now on the model takes its ops from there."""
+
+    def take(module) -> None:
+        for name in fused.__all__:
+            monkeypatch.setattr(kernels, name, getattr(module, name), raising=False)
+
+    return take
+
+
+def step(model: Llama, adapter: Adapter) -> tuple[float, dict[tuple[str, str], Tensor]]:
+    """The loss of a step with dropout, and the gradient of every A and B, fp64 on the CPU."""
+    packs = pack_examples(range(len(EXAMPLES)), EXAMPLES, 80)
+    loss = loop.accumulate(model, adapter, packs, [loop.token_keys(0, 5, pack) for pack in packs], 1.0).item()
+    leaves = {(name, side): getattr(update, side) for name, update in adapter.updates.items() for side in "ab"}
+    return loss, {name: leaf.grad.double().cpu() for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize(
+    ("quant", "dropout", "recompute"), [("none", 0.3, False), ("nf4", 0.0, False), ("nf4", 0.3, True)]
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_step_in_fp32(tmp_path, ops, device, quant, dropout, recompute):
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton compiles its kernels for it")
+    folder = tiny_chat_folder(tmp_path)
+    model = build_model(folder, quant, torch.float32, torch.device(device))
+    model.recompute = recompute
+    adapter = wrapped_adapter(model, LoraConfig(rank=4, alpha=8, dropout=dropout))
+    ops(reference)
+    loss, gradient = step(model, adapter)
+    ops(fused)
+    fused_loss, fused_gradient = step(model, adapter)
+    assert abs(fused_loss - loss) < 1e-5 * loss
+    for name, wanted in gradient.items():
+        error = ((fused_gradient[name] - wanted).norm() / wanted.norm()).item()
+        assert error < 1e-5, f"the gradient of {name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids="dropout{}".format)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_step_in_16_bits(tmp_path, ops, device, dropout, dtype):
+    """Against the step in fp32, no tensor's gradient is further off than 1.1 times the reference's in 16 bits."""
+    folder = tiny_chat_folder(tmp_path)
+    found = {}
+    for name, module, computed in (
+        ("exact", reference, torch.float32),
+        ("plain", reference, dtype),
+        ("fused", fused, dtype),
+    ):
+        model = build_model(folder, "nf4", computed, torch.device(device))
+        ops(module)
+        found[name] = step(model, wrapped_adapter(model, LoraConfig(rank=8, alpha=16, dropout=dropout)))[1]
+    for name, wanted in found["exact"].items():
+        plain, ours = ((found[kind][name] - wanted).norm().item() for kind in ("plain", "fused"))
+        assert ours <= 1.1 * plain, f"the gradient of {name} is off by {ours:.2e}, the reference by {plain:.2e}"
