@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     model = build_model(folder, trained.base.quant, choose_dtype(trained.base.dtype, device), device)
     check_ids(examples, model.config.vocab_size)
     adapter = load_into(model, adapter_from)
-    budget = choose_micro_batch_tokens(model, adapter.config, recompute=False)
+    budget = choose_micro_batch_tokens(model, adapter.config)
     packs = pack_examples(range(len(examples)), examples, budget)
     by_name = {c.name: c for c in conversations}
     evaluated = [by_name[example.name] for example in examples]

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
     model = load(folder)
     adapter = load_into(model, adapter_from)
-    budget = choose_micro_batch_tokens(model, adapter.config, recompute=False)
+    budget = choose_micro_batch_tokens(model, adapter.config)
     packs = pack_examples(range(len(examples)), examples, budget)
     unmerged = hidden_states(model, packs)
     adapter.fold(model)

@@ -84,7 +84,7 @@ def train_one(config: Config) -> int:
 
     model = build_model(folder, config.base.quant, dtype, device)
     check_ids([*data.train, *data.eval], model.config.vocab_size)
-    model.recompute = config.optim.recompute == "block"
+    model.recompute = config.optim.recompute
     adapter = Adapter(model, config.lora, config.run.seed)
     adapter.wrap(model)
     name = resumed.optimizer if resumed else choose_optimiser(config.optim.optimizer, adapter.flat)
@@ -94,8 +94,7 @@ def train_one(config: Config) -> int:
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         optimizer=name,
-        micro_batch_tokens=config.optim.micro_batch_tokens
-        or choose_micro_batch_tokens(model, config.lora, model.recompute),
+        micro_batch_tokens=config.optim.micro_batch_tokens or choose_micro_batch_tokens(model, config.lora),
         threads=torch.get_num_threads(),
         data_hash=data.hash,
         held_out_hash=hash_of(data.eval),

@@ -77,16 +77,16 @@ class Workload(NamedTuple):
     accum: int
     shortest: int
     longest: int
-    recompute: bool
+    recompute: str  # as in lora/model.py
 
 
 WORKLOADS = {
-    "full512": Workload("1b", 128, 256, 0.0, 16, 4, 512, 512, False),
-    "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, False),
-    "t1": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, False),
-    "t1-ckpt": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, True),
-    "short": Workload("1b", 16, 16, 0.0, 2, 4, 100, 300, False),
-    "axolotl": Workload("8b", 64, 32, 0.05, 2, 4, 2048, 2048, True),
+    "full512": Workload("1b", 128, 256, 0.0, 16, 4, 512, 512, "none"),
+    "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, "none"),
+    "t1": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "none"),
+    "t1-ckpt": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "block"),
+    "short": Workload("1b", 16, 16, 0.0, 2, 4, 100, 300, "none"),
+    "axolotl": Workload("8b", 64, 32, 0.05, 2, 4, 2048, 2048, "block"),
 }
 
 
@@ -94,7 +94,7 @@ def matmul_flops(shape: Shape, work: Workload) -> int:
     """A token's: the base forward, backward to its input, and again if recomputed; the update also to its weights."""
     base = shape.layers * sum(out * into for out, into in shape.linears)
     update = shape.layers * sum(work.rank * (out + into) for out, into in shape.linears)
-    forwards = 2 if work.recompute else 1
+    forwards = 2 if work.recompute == "block" else 1
     return 2 * ((forwards + 1) * base + (forwards + 2) * update + 2 * VOCABULARY * shape.hidden)
 
 
@@ -209,7 +209,7 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
     adapter = Adapter(model, config, seed=0)
     adapter.wrap(model)
     optimiser = build_optimiser("adamw8bit", adapter.flat, adapter.grad, weight_decay=0.01)
-    budget = micro_batch_tokens or choose_micro_batch_tokens(model, config, work.recompute)
+    budget = micro_batch_tokens or choose_micro_batch_tokens(model, config)
     made = 0
 
     def step(rows: list[list[int]]) -> float:
@@ -237,7 +237,7 @@ def peer(impl: str, work: Workload, folder: Path):
             lora_dropout=work.dropout,
             target_modules=list(LINEARS),
             bias="none",
-            use_gradient_checkpointing="unsloth" if work.recompute else False,
+            use_gradient_checkpointing="unsloth" if work.recompute == "block" else False,
             random_state=0,
         )
     else:
@@ -262,7 +262,7 @@ def peer(impl: str, work: Workload, folder: Path):
             attn_implementation="sdpa",
             device_map={"": 0},
         )
-        if work.recompute:
+        if work.recompute == "block":
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         config = PeftConfig(

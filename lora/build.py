@@ -146,18 +146,20 @@ def load_into(model: Llama, folder: Path) -> Adapter:
 _MOST_TOKENS = {"cuda": 16384, "cpu": 4096}
 
 
-def saved_bytes(config: LlamaConfig, rank: int, dtype: torch.dtype, recompute: bool) -> int:
+def saved_bytes(config: LlamaConfig, rank: int, dtype: torch.dtype, recompute: str) -> int:
     """What one token leaves behind for the backward pass, in bytes, over all blocks.
 
     A block saves: the residual stream and its normalised form, twice; q, k, v and the attention's output; gate, up and
-    their product; and the skinny products x A^T of its seven linears. With recompute only its input, and one block
-    at a time the rest. Not counted: the probabilities of short examples, at most a quarter more.
+    their product; and the skinny products x A^T of its seven linears. With recompute "mlp" nothing of the MLP but its
+    input, with "block" only the block's input; and one at a time the rest. Not counted: the probabilities of short
+    examples, at most a quarter more.
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    block = 4 * config.hidden_size + heads + 3 * config.intermediate_size + len(LINEARS) * rank
-    numbers = config.num_layers * config.hidden_size + block if recompute else config.num_layers * block
+    mlp = 3 * (config.intermediate_size + rank)
+    block = 4 * config.hidden_size + heads + mlp + (len(LINEARS) - 3) * rank
+    kept, again = {"none": (block, 0), "mlp": (block - mlp, mlp), "block": (config.hidden_size, block)}[recompute]
     # In the backward pass one block's gradients stand beside its activations.
-    return (numbers + 2 * block) * dtype.itemsize
+    return (config.num_layers * kept + again + 2 * block) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -172,7 +174,7 @@ def free_bytes(device: torch.device) -> int | None:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def choose_micro_batch_tokens(model: Llama, lora: LoraConfig, recompute: bool) -> int:
+def choose_micro_batch_tokens(model: Llama, lora: LoraConfig) -> int:
     """Tokens in one pass, from the memory that is free once model, adapter and optimiser are there; at least 256."""
     device = model.head.device
     most = _MOST_TOKENS[device.type]
@@ -180,5 +182,5 @@ def choose_micro_batch_tokens(model: Llama, lora: LoraConfig, recompute: bool) -
     if free is None:
         return most
     # The rest is for logits (128 rows at a time, fp32, and their gradient), one expanded weight, and the allocator.
-    fitting = int(0.7 * free / saved_bytes(model.config, lora.rank, model.dtype, recompute))
+    fitting = int(0.7 * free / saved_bytes(model.config, lora.rank, model.dtype, model.recompute))
     return max(256, min(most, fitting // 256 * 256))

@@ -99,7 +99,9 @@ class OptimConfig:
         "tokens in one forward and backward pass: memory and speed, not the result (default: from free memory)",
         low=1,
     )
-    recompute: Literal["none", "block"] = flag("none", "block: keep a block's input only and run it again in backward")
+    recompute: Literal["none", "mlp", "block"] = flag(
+        "none", "what to run again in backward instead of keeping what it made: the MLPs, or whole blocks"
+    )
     learning_rate: float = flag(2e-4, "peak learning rate", low=0)
     schedule: Literal["cosine", "linear", "constant"] = flag("cosine", "the learning rate after warmup")
     warmup_ratio: float = flag(0.1, "part of all steps in which the learning rate rises", low=0, high=1)

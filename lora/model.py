@@ -159,6 +159,11 @@ class MLP(nn.Module):
         return self.project(kernels.swiglu(gate, up), self.down_proj)[0]
 
 
+def run_again(module: nn.Module, *inputs: object) -> Tensor:
+    """module(*inputs), of which only the inputs are kept: the backward pass runs it again."""
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the residual stream x [T, hidden]."""
 
@@ -169,10 +174,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute_mlp: bool) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x, h = self.post_attention_layernorm.add(x, attended)
-        return x + self.mlp(h)
+        return x + (run_again(self.mlp, h) if recompute_mlp else self.mlp(h))
 
 
 class Embedding(nn.Module):
@@ -200,7 +205,8 @@ class Llama(nn.Module):
     """ids -> normalised hidden states; `head` turns rows of them into logits.
 
     dtype      what is computed in; weights kept in another one are converted where they are used
-    recompute  trades time for memory: each block keeps only its input and runs again in the backward pass
+    recompute  trades time for memory: "block" keeps only each block's input and runs it again in the backward pass,
+               "mlp" does so with the MLPs alone, "none" keeps what each op needs
     """
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype = torch.float32):
@@ -208,7 +214,7 @@ class Llama(nn.Module):
         self.config, self.dtype = config, dtype
         self.model = Decoder(config)
         self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
-        self.recompute = False
+        self.recompute = "none"
         self.frequencies = rope_frequencies(config)
 
     @property
@@ -222,9 +228,10 @@ class Llama(nn.Module):
         self.frequencies = self.frequencies.to(ids.device)  # copied once, on the first call
         angles = positions[:, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for block in self.model.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+            if recompute == "block":
+                x = run_again(block, x, cos, sin, attend, False)
             else:
-                x = block(x, cos, sin, attend)
+                x = block(x, cos, sin, attend, recompute == "mlp")
         return self.model.norm(x)

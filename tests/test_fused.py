@@ -43,7 +43,7 @@ def step(model: Llama, adapter: Adapter) -> tuple[float, dict[tuple[str, str], T
 
 
 @pytest.mark.parametrize(
-    ("quant", "dropout", "recompute"), [("none", 0.3, False), ("nf4", 0.0, False), ("nf4", 0.3, True)]
+    ("quant", "dropout", "recompute"), [("none", 0.3, "none"), ("nf4", 0.0, "mlp"), ("nf4", 0.3, "block")]
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 def test_step_in_fp32(tmp_path, ops, device, quant, dropout, recompute):

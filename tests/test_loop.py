@@ -106,10 +106,11 @@ def test_dropout_is_on_in_a_step(model):
     assert dropped != pytest.approx(plain, rel=1e-3)
 
 
-def test_recompute_gives_the_same_gradient(model):
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_recompute_gives_the_same_gradient(model, recompute):
     adapter = wrapped_adapter(model, DROPOUT)
     loss, grads = gradient(model, adapter, 80)
-    model.recompute = True
+    model.recompute = recompute
     again, recomputed = gradient(model, adapter, 80)
     assert again == loss
     assert_same_gradient(recomputed, grads, 1e-6)

@@ -128,20 +128,31 @@ def test_each_layer_attends_as_itself(model):
     assert calls == [(layer, (5, 4, 16), (5, 2, 16), (5, 2, 16)) for layer in range(CONFIG["num_hidden_layers"])]
 
 
-def test_recompute_changes_nothing(tmp_path):
-    """Loss and every gradient, dropout included, are equal to the bit when blocks run again in the backward pass."""
+def test_recompute_changes_nothing_but_memory(tmp_path):
+    """Loss and every gradient, dropout included, are equal to the bit whatever runs again in the backward pass."""
     model = load(tiny_folder(tmp_path, rope_parameters=LLAMA3_ROPE))
     adapter = Adapter(model, LoraConfig(rank=4, dropout=0.2), seed=0)
     adapter.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     adapter.wrap(model)
-    ids, results = random_ids(LENGTHS), []
-    for recompute in (False, True):
+    ids, results, kept = random_ids(LENGTHS), [], []
+    for recompute in ("none", "mlp", "block"):
         model.recompute = recompute
         adapter.grad.zero_()
+        saved: dict[int, int] = {}
+
+        def save(x: torch.Tensor, saved=saved) -> torch.Tensor:
+            storage = x.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return x
+
         with adapter.dropping(torch.arange(len(ids), dtype=torch.int32)):
-            hidden = run(model, ids, LENGTHS)
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+                hidden = run(model, ids, LENGTHS)
+            kept.append(sum(saved.values()))
             hidden.square().sum().backward()
         results.append((hidden.detach(), adapter.grad.clone()))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    for hidden, gradient in results[1:]:
+        assert torch.equal(hidden, results[0][0])
+        assert torch.equal(gradient, results[0][1])
     assert results[0][1].abs().max() > 0
+    assert kept[1] < 0.75 * kept[0] and kept[2] < 0.75 * kept[1], kept
