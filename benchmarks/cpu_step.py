@@ -55,11 +55,12 @@ def batches(workload: str, folder: Path) -> list[list[Example]]:
 def ours(workload: str, quant: str, folder: Path):
     """A function that takes the examples of a step and makes it."""
     from lora.adapter import Adapter
-    from lora.build import build_model, choose_dtype
+    from lora.build import build_model, choose_dtype, keep_freed_memory
     from lora.data import pack_examples
     from lora.loop import LossScale, token_keys, train_step
     from lora.optim import build_optimiser, choose_optimiser
 
+    keep_freed_memory()
     rank = WORKLOADS[workload][0]
     device = torch.device("cpu")
     model = build_model(folder, quant, choose_dtype("auto", device), device)

@@ -25,7 +25,7 @@ from kernels.reference import LowRank
 from lora.model import Linear
 from lora.quant import NF4Linear
 
-LENGTHS = (1, 7, 7, 30)
+LENGTHS = (1, 7, 7, 30, 28, 25)
 
 
 class Case(NamedTuple):
@@ -181,14 +181,14 @@ def test_attention_is_causal(case, draw):
     """A token that changes leaves every earlier output the same to the bit, and changes its own."""
     inputs = packed_qkv(case, draw)
     before = case.ops.attention(**inputs, lengths=LENGTHS)
-    begin, end = sum(LENGTHS[:3]), sum(LENGTHS)
+    begin, end = sum(LENGTHS[:3]), sum(LENGTHS[:4])
     for at in (begin, begin + 11, end - 1):
         changed = {name: x.clone() for name, x in inputs.items()}
         for x in changed.values():
             x[at] += 1
         after = case.ops.attention(**changed, lengths=LENGTHS)
         assert torch.equal(before[:at], after[:at]), f"token {at} is seen before it comes"
-        assert (before[at:] != after[at:]).flatten(1).any(1).all(), f"token {at} is not seen where it should be"
+        assert (before[at:end] != after[at:end]).flatten(1).any(1).all(), f"token {at} is not seen where it should be"
 
 
 # --- projections ---
