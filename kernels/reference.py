@@ -388,9 +388,8 @@ class Projections(torch.autograd.Function):
             ranks = [update.a.shape[0] for _, update in held]
             v = torch.empty_like(u)
             for (dy, update), u_i, v_i in zip(held, u.split(ranks, dim=1), v.split(ranks, dim=1), strict=True):
-                torch.mm(dy, update.b_shadow, out=v_i)
+                torch.addmm(v_i, dy, update.b_shadow, beta=0, alpha=ctx.scale, out=v_i)
                 update.b.grad.add_(_gradient(dy.t(), u_i), alpha=ctx.scale)
-            v *= ctx.scale
             da = _gradient(v.t(), _dropout(x, keys, ctx.p))
             for (_, update), da_i in zip(held, da.split(ranks), strict=True):
                 update.a.grad += da_i
