@@ -1,11 +1,11 @@
-"""Every fused op on a GPU against its floor, the reference and other people's kernels.
+"""The fused ops on a GPU against their floors, the reference and other people's kernels.
 
     python benchmarks/kernels.py                     8,192 tokens in the shapes of Llama-3.2-1B
     python benchmarks/kernels.py --device cpu --tokens 8         a dry run in Triton's interpreter, of small shapes
 
-A floor is what no kernel can beat: the bytes that an op must read and write, at the speed of a copy of as many bytes;
-or its matmuls alone, by the same GEMM library. Both are measured here, in the same run. The GPU's L2 is flushed before
-each repeat, and a time is the median of the repeats.
+A floor is the yardstick: the bytes that an op must read and write, at the speed of a copy of as many bytes; or its
+matmuls alone, one by one, by the same GEMM library. Both are measured here, in the same run. The GPU's L2 is flushed
+before each repeat, and a time is the median of the repeats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-if "cpu" in sys.argv:
+if any("cpu" in argument for argument in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 import torch
@@ -29,20 +29,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.throughput import SHAPES, VOCABULARY, Shape
 from kernels import fused, reference
+from kernels.fused.nf4 import few_tokens
 from kernels.reference import LowRank
 from lora.quant import NF4Linear
 
 Work = Callable[[], object]
-
-
-class Row(NamedTuple):
-    """One line of the table. moved: bytes that must be read or written; matmuls: or what must be multiplied."""
-
-    name: str
-    ours: Work
-    moved: int = 0
-    matmuls: Work | None = None
-    peers: dict[str, Work] = {}  # noqa: RUF012
 
 
 class Clock:
@@ -58,9 +49,10 @@ class Clock:
             work()
         times = []
         for _ in range(self.repeats):
-            self.flush.zero_()
+            self.flush.sum()
             if self.cuda:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(3_000_000)  # a good millisecond, in which Python can launch everything
                 start.record()
                 work()
                 end.record()
@@ -73,13 +65,27 @@ class Clock:
         return statistics.median(times)
 
     def copy_ms(self, moved: int) -> float:
-        """Of a copy that reads and writes this many bytes together."""
-        source = torch.empty(moved // 2, dtype=torch.uint8, device=self.flush.device)
+        """Of the faster of two copies that read and write this many bytes together."""
+        source = torch.zeros(moved // 4, dtype=torch.int16, device=self.flush.device)
         target = torch.empty_like(source)
-        return self.ms(lambda: target.copy_(source))
+        return min(self.ms(lambda: target.copy_(source)), self.ms(lambda: torch.add(source, 0, out=target)))
 
 
-def backward_of(op: Callable, *inputs: Tensor) -> tuple[Work, Work]:
+class Row(NamedTuple):
+    """One line of the table; floor: its milliseconds, by that clock."""
+
+    name: str
+    ours: Work
+    floor: Callable[[Clock], float]
+    peers: dict[str, Work]
+
+
+def copying(moved: int) -> Callable[[Clock], float]:
+    """The floor of an op that reads and writes so many bytes together."""
+    return lambda clock: clock.copy_ms(moved)
+
+
+def passes_of(op: Callable, *inputs: Tensor) -> tuple[Work, Work]:
     """op forward; and its backward alone, on outputs that stay."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = op(*leaves)
@@ -88,9 +94,14 @@ def backward_of(op: Callable, *inputs: Tensor) -> tuple[Work, Work]:
     return lambda: op(*inputs), lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    """bf16, but for Triton's interpreter, whose bf16 is wrong."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def elementwise(shape: Shape, tokens: int, device: torch.device) -> Iterator[Row]:
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+        return torch.randn(size, device=device, dtype=dtype_on(device))
 
     n, mlp, heads, kv, d = shape.hidden, shape.mlp, shape.heads, shape.kv_heads, shape.head_dim
     x, delta, weight = draw(tokens, n), draw(tokens, n), draw(n)
@@ -102,36 +113,45 @@ def elementwise(shape: Shape, tokens: int, device: torch.device) -> Iterator[Row
         "SwiGLU": (lambda ops: ops.swiglu, (draw(tokens, mlp), draw(tokens, mlp)), 3, 5),
     }
     for name, (make, inputs, forward, backward) in cases.items():
-        ours, theirs = backward_of(make(fused), *inputs), backward_of(make(reference), *inputs)
+        ours, theirs = passes_of(make(fused), *inputs), passes_of(make(reference), *inputs)
         for i, passes in enumerate((forward, backward)):
             moved = passes * inputs[0].numel() * size
-            yield Row(f"{name}, {('forward', 'backward')[i]}", ours[i], moved, peers={"reference": theirs[i]})
+            yield Row(f"{name}, {('forward', 'backward')[i]}", ours[i], copying(moved), {"reference": theirs[i]})
     inputs = draw(tokens, heads, d), draw(tokens, kv, d)
     moved = 2 * size * sum(x.numel() for x in inputs) + 2 * angles.nbytes
     ours, theirs = (
-        backward_of(lambda q, k, ops=ops: ops.rope(q, k, angles, angles), *inputs) for ops in (fused, reference)
+        passes_of(lambda q, k, ops=ops: ops.rope(q, k, angles, angles), *inputs) for ops in (fused, reference)
     )
     for i, direction in enumerate(("forward", "backward")):
-        yield Row(f"RoPE, {direction}", ours[i], moved, peers={"reference": theirs[i]})
+        yield Row(f"RoPE, {direction}", ours[i], copying(moved), {"reference": theirs[i]})
 
 
 def nf4(shape: Shape, device: torch.device) -> Iterator[Row]:
+    """The expansion, alone and beside room for an update; a few tokens times a weight, against expanding it first."""
+    dtype = dtype_on(device)
     for out, into in ((shape.hidden, shape.hidden), (shape.mlp, shape.hidden)):
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         linear = NF4Linear.quantise(torch.randn(out, into, device=device))
-        room = torch.empty(out, into, device=device, dtype=dtype)
-        moved = out * into // 2 + out * into // 64 + room.nbytes
-        weight = linear.nf4
-        yield Row(
-            f"NF4 {into} -> {out}",
-            lambda weight=weight, room=room: fused.expand_nf4(weight, room),
-            moved,
-            peers={"bitsandbytes": lambda linear=linear, dtype=dtype: linear.dense(dtype)},
-        )
+        weight, codes = linear.nf4, out * into // 2 + out * into // 64
+        for beside in (0, 128):
+            room = torch.empty(out, into + beside, device=device, dtype=dtype)[:, beside:]
+            yield Row(
+                f"NF4 {into} -> {out}, rows {into + beside} apart",
+                lambda weight=weight, room=room: fused.expand_nf4(weight, room),
+                copying(codes + out * into * dtype.itemsize),
+                {"bitsandbytes": lambda linear=linear: linear.dense(dtype)},
+            )
+        for tokens in (1, 16, 64):
+            x = torch.randn(tokens, into, device=device, dtype=dtype)
+            yield Row(
+                f"{tokens} tokens times NF4 {into} -> {out}",
+                lambda x=x, weight=weight: few_tokens(x, weight),
+                copying(codes),
+                {"expanded first": lambda x=x, weight=weight, room=room: x @ fused.expand_nf4(weight, room).t()},
+            )
 
 
 def loss(shape: Shape, vocabulary: int, tokens: int, device: torch.device) -> Iterator[Row]:
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype_on(device)
     hidden = torch.randn(tokens, shape.hidden, device=device, dtype=dtype).requires_grad_()
     head = 0.02 * torch.randn(vocabulary, shape.hidden, device=device, dtype=dtype)
     targets = torch.randint(0, vocabulary, (tokens,), device=device)
@@ -152,14 +172,14 @@ def loss(shape: Shape, vocabulary: int, tokens: int, device: torch.device) -> It
     yield Row(
         "linear + cross-entropy, loss and gradient",
         lambda: fused.linear_cross_entropy(hidden, head, targets),
-        matmuls=matmuls,
-        peers={"reference": lambda: reference.linear_cross_entropy(hidden, head, targets), "Liger": theirs},
+        lambda clock: clock.ms(matmuls),
+        {"reference": lambda: reference.linear_cross_entropy(hidden, head, targets), "Liger": theirs},
     )
 
 
 def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
     """The seven LoRA linears of a block, forward and backward, NF4 included."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype_on(device)
     rank = 128 if device.type == "cuda" else 8
     keys = torch.arange(tokens, dtype=torch.int32, device=device)
     groups = []
@@ -183,21 +203,19 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
 
     dense = [[linear.dense(dtype) for linear in frozen] for _, frozen, _, _ in groups]
 
-    def matmuls() -> None:
-        for (x, _, updates, upstream), weights in zip(groups, dense, strict=True):
-            x = x.detach()
-            for weight, update, dy in zip(weights, updates, upstream, strict=True):
-                u = x @ update.a_shadow.t()
-                x @ weight.t()
-                u @ update.b_shadow.t()
-                v = dy @ update.b_shadow
+    def base() -> None:
+        for (x, _, _, upstream), weights in zip(groups, dense, strict=True):
+            for weight, dy in zip(weights, upstream, strict=True):
+                x.detach() @ weight.t()
                 dy @ weight
-                v @ update.a_shadow
-                v.t() @ x
-                dy.t() @ u
 
+    # The products of the update take their share at the rate of the base's: alone, two of them would write wide outputs
+    # that the base writes anyway. Of the base there are two products, of the update three with A and three with B.
+    low = 3 * sum(rank * (out + into) for out, into in shape.linears)
+    share = low / (2 * sum(out * into for out, into in shape.linears))
     name = f"the LoRA linears of a block, dropout {p}, forward + backward"
-    return Row(name, lambda: run(fused), matmuls=matmuls, peers={"reference": lambda: run(reference)})
+    floor = lambda clock: (1 + share) * clock.ms(base)  # noqa: E731
+    return Row(name, lambda: run(fused), floor, {"reference": lambda: run(reference)})
 
 
 def main() -> None:
@@ -210,7 +228,7 @@ def main() -> None:
     clock = Clock(device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, interpreted"
     print(f"{card}, torch {torch.__version__}")
-    print("| op | ours ms | floor ms | floor / ours | scratch MB | peers ms |\n|---|---|---|---|---|---|")
+    print("| op | ours ms | floor ms | floor / ours | peak MB | peers ms |\n|---|---|---|---|---|---|")
 
     def rows() -> Iterator[Row]:
         yield from elementwise(shape, tokens, device)
@@ -221,13 +239,13 @@ def main() -> None:
 
     for row in rows():
         ours = clock.ms(row.ours)
-        floor = clock.copy_ms(row.moved) if row.matmuls is None else clock.ms(row.matmuls)
-        scratch = "-"
+        floor = row.floor(clock)
+        peak = "-"
         if clock.cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             row.ours()
-            scratch = f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.0f}"
+            peak = f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.0f}"
         peers = []
         for name, work in row.peers.items():
             try:
@@ -235,7 +253,7 @@ def main() -> None:
             except ImportError:
                 peers.append(f"{name} is not installed")
         print(
-            f"| {row.name} | {ours:.3f} | {floor:.3f} | {floor / ours:.2f} | {scratch} | {', '.join(peers)} |",
+            f"| {row.name} | {ours:.3f} | {floor:.3f} | {floor / ours:.2f} | {peak} | {', '.join(peers)} |",
             flush=True,
         )
 

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# Unsloth asks a hub for statistics unless told not to, and must be imported before the rest.
+# Unsloth calls home unless told not to.
 os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
@@ -69,6 +69,8 @@ SHAPES = {
 
 
 class Workload(NamedTuple):
+    """shortest, longest: tokens of an example; recompute: "none" or "block", as in lora/model.py."""
+
     shape: str
     rank: int
     alpha: int
@@ -77,9 +79,11 @@ class Workload(NamedTuple):
     accum: int
     shortest: int
     longest: int
-    recompute: str  # as in lora/model.py
+    recompute: str
 
 
+# c1: ten words in, ten sentences out. t1: rows packed to 2,048 tokens, batch 2 x 4, also with checkpointing. short:
+# chat turns. axolotl: the usual settings for an 8B model.
 WORKLOADS = {
     "full512": Workload("1b", 128, 256, 0.0, 16, 4, 512, 512, "none"),
     "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, "none"),
@@ -100,16 +104,17 @@ def matmul_flops(shape: Shape, work: Workload) -> int:
 
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of [8192, 4096] x [4096, 8192] in bf16."""
-    n = 8192 if device.type == "cuda" else 512
+    n, products = (8192, 20) if device.type == "cuda" else (512, 2)
     a, b = (torch.randn(n, n // 2, device=device).bfloat16() for _ in range(2))
     seconds = []
-    for _ in range(10):
+    for _ in range(4):
         synchronise(device)
         start = time.perf_counter()
-        a @ b.t()
+        for _ in range(products):
+            a @ b.t()
         synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n * n * (n // 2) / statistics.median(seconds)
+        seconds.append((time.perf_counter() - start) / products)
+    return 2 * n * n * (n // 2) / min(seconds)
 
 
 def synchronise(device: torch.device) -> None:
@@ -156,10 +161,11 @@ def write_model(shape: Shape, folder: Path) -> None:
     }
     names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     names += [f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
-        return (0.02 * torch.randn(size, generator=generator)).bfloat16()
+        return (0.02 * torch.randn(size, generator=generator, device=device)).bfloat16().cpu()
 
     tensors = {"model.embed_tokens.weight": draw(VOCABULARY, n), "model.norm.weight": torch.ones(n).bfloat16()}
     if not shape.tied:
@@ -196,9 +202,9 @@ def steps_of(work: Workload) -> list[list[list[int]]]:
 # --- the trainers: each a function that takes the rows of a step and makes it -----------------------------------------
 
 
-def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens: int | None):
+def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens: int):
     from lora.adapter import Adapter
-    from lora.build import build_model, choose_micro_batch_tokens
+    from lora.build import build_model
     from lora.data import pack_examples
     from lora.loop import LossScale, token_keys, train_step
     from lora.optim import build_optimiser
@@ -209,14 +215,13 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
     adapter = Adapter(model, config, seed=0)
     adapter.wrap(model)
     optimiser = build_optimiser("adamw8bit", adapter.flat, adapter.grad, weight_decay=0.01)
-    budget = micro_batch_tokens or choose_micro_batch_tokens(model, config)
     made = 0
 
     def step(rows: list[list[int]]) -> float:
         nonlocal made
         made += 1
         examples = [Example(str(i), row, [True] * len(row)) for i, row in enumerate(rows)]
-        packs = pack_examples(range(len(examples)), examples, budget)
+        packs = pack_examples(range(len(examples)), examples, micro_batch_tokens)
         keys = [token_keys(0, made, pack) for pack in packs]
         return train_step(model, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
 
@@ -305,15 +310,16 @@ def peer(impl: str, work: Workload, folder: Path):
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(impl: str, work: Workload, folder: Path, device: torch.device, budget: int | None) -> dict[str, float]:
+def measure(impl: str, work: Workload, folder: Path, device: torch.device, budget: int) -> dict[str, float]:
     step = ours(work, folder, device, budget) if impl == "ours" else peer(impl, work, folder)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     rates, seconds = [], []
     for rows in steps_of(work):
         synchronise(device)
         start = time.perf_counter()
-        loss = step(rows)
+        step(rows)
         synchronise(device)
         seconds.append(time.perf_counter() - start)
         rates.append(sum(map(len, rows)) / seconds[-1])
@@ -326,7 +332,6 @@ def measure(impl: str, work: Workload, folder: Path, device: torch.device, budge
         "gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else 0.0,
         "floor_rate": matmul_rate(device) / matmul_flops(SHAPES[work.shape], work),
-        "loss": loss,
     }
 
 
@@ -336,18 +341,23 @@ HEAD = (
 )  # fmt: skip
 
 
+# The trainers, and what each needs.
+TRAINERS = {"unsloth": ("unsloth",), "ours": (), "peft": ("peft",), "peft-liger": ("peft", "liger_kernel")}
+
+
 def installed(impl: str) -> bool:
-    needs = {"ours": (), "peft": ("peft",), "peft-liger": ("peft", "liger_kernel"), "unsloth": ("unsloth",)}
-    return all(importlib.util.find_spec(package) for package in needs[impl])
+    return all(importlib.util.find_spec(package) for package in TRAINERS[impl])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
-    parser.add_argument("--impl", nargs="+", choices=("ours", "unsloth", "peft", "peft-liger"))
+    parser.add_argument("--impl", nargs="+", choices=TRAINERS)
     parser.add_argument("--shape", choices=SHAPES, help="instead of the workload's own")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--micro-batch-tokens", type=int, help="of ours; chosen from free memory if not given")
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, help="of ours; as many as a peer's padded micro-batch if not given"
+    )
     parser.add_argument("--folder", type=Path, help="where the random models go, and stay; else a temporary folder")
     parser.add_argument("--measure", metavar="IMPL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -357,13 +367,13 @@ def main() -> None:
         works = {name: work._replace(shape=arguments.shape) for name, work in works.items()}
     if arguments.measure:
         (work,) = works.values()
-        result = measure(arguments.measure, work, arguments.folder, device, arguments.micro_batch_tokens)
+        budget = arguments.micro_batch_tokens or work.batch * work.longest
+        result = measure(arguments.measure, work, arguments.folder, device, budget)
         print("RESULT " + json.dumps(result))
         return
 
-    everyone = ["ours", "unsloth", "peft", "peft-liger"]
-    impls = arguments.impl or [impl for impl in everyone if installed(impl)]
-    if missing := [impl for impl in everyone if not installed(impl)]:
+    impls = arguments.impl or [impl for impl in TRAINERS if installed(impl)]
+    if missing := [impl for impl in TRAINERS if not installed(impl)]:
         print(f"not installed here: {', '.join(missing)}")
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{card}, torch {torch.__version__}")
@@ -374,20 +384,24 @@ def main() -> None:
             folder = parent / work.shape
             if not folder.exists():
                 write_model(SHAPES[work.shape], folder)
-            results = {}
+            beside = None
             for impl in impls:
                 command = [sys.executable, __file__, "--workload", name, "--shape", work.shape, "--measure", impl]
                 command += ["--device", arguments.device, "--folder", str(folder)]
                 if arguments.micro_batch_tokens:
                     command += ["--micro-batch-tokens", str(arguments.micro_batch_tokens)]
-                done = subprocess.run(command, capture_output=True, text=True)
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+                except subprocess.TimeoutExpired:
+                    print(f"| {name} | {impl} took more than ten minutes |", flush=True)
+                    continue
                 line = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-                if line:
-                    results[impl] = json.loads(line[0].removeprefix("RESULT "))
-                else:
-                    print(f"| {name} | {impl} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]} |")
-            for impl, r in results.items():
-                beside = results.get("unsloth")
+                if not line:
+                    print(f"| {name} | {impl} failed |", flush=True)
+                    print(done.stderr, file=sys.stderr, flush=True)
+                    continue
+                r = json.loads(line[0].removeprefix("RESULT "))
+                beside = r if impl == "unsloth" else beside
                 cells = [name, impl, f"{r['median']:,.0f}", f"{r['best']:,.0f}", f"{r['step_ms']:.1f}"]
                 cells += [f"{r['gib']:.2f}", f"{r['reserved_gib']:.2f}"]
                 cells += [f"{r[key] / beside[key]:.2f}" if beside else "-" for key in ("median", "gib")]

@@ -166,17 +166,18 @@ def _batches(lengths: tuple[int, ...], device: torch.device) -> list[_Batch]:
         batch = _Batch(slice(start, start + total), n, length)
         start += total
         if total < n * length:
-            own = torch.cat([torch.arange(i * length, i * length + own) for i, own in enumerate(group)])
+            places = torch.cat([torch.arange(i * length, i * length + own) for i, own in enumerate(group)])
             taken, padding = torch.zeros(n * length, dtype=torch.int64), torch.ones(n * length, dtype=torch.bool)
-            taken[own], padding[own] = torch.arange(total), False
-            batch = _Batch(*batch[:3], *(x.to(device) for x in (taken, own, padding.nonzero().squeeze(1))))
+            taken[places], padding[places] = torch.arange(total), False
+            indices = {"taken": taken, "places": places, "padding": padding.nonzero().squeeze(1)}
+            batch = batch._replace(**{name: index.to(device) for name, index in indices.items()})
         found.append(batch)
     return found
 
 
 def _split_heads(x: Tensor, batch: _Batch, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """[T, kv_heads * G, D] -> [n * kv_heads, length * G, D]: a batch for each key head, and in it the G query heads of
-    each position under each other, so that some positions are some neighbouring rows."""
+    each position under each other, so that a range of positions is a range of rows."""
     x = x[batch.rows]
     if batch.taken is not None:
         x = x.index_select(0, batch.taken).index_fill_(0, batch.padding, 0)
@@ -217,8 +218,8 @@ class Attention(torch.autograd.Function):
 
     dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D).
     Saved: q, k, v, and P of short examples. Grouped queries need no copy of keys or values: the G heads that share a
-    key head are rows of one matrix. Padding needs no mask: nothing but padding comes after it, and its dO is zero, so
-    it adds nothing to any gradient.
+    key head are rows of one matrix. Padding needs no mask: it stands at the end, after every query of its example; and
+    its dO is zero, so it adds nothing to any gradient.
     """
 
     @staticmethod
@@ -304,7 +305,8 @@ def dropout_mask(keys: Tensor, channels: int, p: float) -> Tensor:
 
 
 class NF4(NamedTuple):
-    """The tensors of one NF4 matrix [out, in], as bitsandbytes keeps them (lora/quant.py tells what they mean).
+    """The tensors of one NF4 matrix [out, in] in blocks of 64, as bitsandbytes keeps them (lora/quant.py tells what
+    they mean). Sizes that do not divide are rounded up.
 
     Weight number e, row by row, is table[code_e] * absmax_{e // 64}, where absmax_b = table2[code2_b] *
     absmax2_{b // 256} + mean. Two codes share a byte, the first in its high half.
@@ -314,7 +316,7 @@ class NF4(NamedTuple):
     table: Tensor  # fp32 [16]
     code2: Tensor  # uint8 [out * in / 64]
     table2: Tensor  # fp32 [256]
-    absmax2: Tensor  # fp32 [out * in / 64 / 256], rounded up
+    absmax2: Tensor  # fp32 [out * in / 64 / 256]
     mean: Tensor  # fp32 []
 
 
@@ -329,7 +331,8 @@ def expand_nf4(weight: NF4, out: Tensor) -> Tensor:
 class FrozenLinear(Protocol):
     """A weight that never learns, however it is stored."""
 
-    nf4: NF4 | None  # None: it is not stored as NF4
+    shape: torch.Size  # (out, in)
+    nf4: NF4 | None  # its tensors, for a kernel that expands them itself; None: take dense()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`."""
@@ -347,17 +350,22 @@ class LowRank(NamedTuple):
     b_shadow: Tensor  # compute dtype [out, r]
 
 
-def _gradient(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b to be added to an fp32 gradient: handed over in fp32 where the hardware can."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
 
 
-class Projections(torch.autograd.Function):
-    """y_i = x W_i^T + s u_i B_i^T with u_i = m(x) A_i^T, for linears that read the same x; m is dropout.
+def scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    """out = scale * a @ b, scaled before it is rounded."""
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
-    With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i += v_i^T m(x),   dB_i += s dy_i^T u_i.
+
+class Projections(torch.autograd.Function):
+    """y_i = x W_i^T + u_i B_i^T with u_i = s m(x) A_i^T, for linears that read the same x; m is dropout.
+
+    With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i += v_i^T m(x),   dB_i += dy_i^T u_i.
     W_i is frozen: expanded when needed, used, thrown away, and never differentiated. Saved: x and the skinny u_i.
     Linears without an update take part with u_i = 0. All A_i stand under each other, so one product makes every u_i
     and one makes every dA_i; and one mask serves them, since they see one input.
@@ -370,11 +378,12 @@ class Projections(torch.autograd.Function):
         ys = [x @ linear.dense(x.dtype).t() for linear in frozen]
         u = None
         if held:
-            u = _dropout(x, keys, p) @ torch.cat([update.a_shadow for update in held]).t()
-            parts = iter(u.split([update.a.shape[0] for update in held], dim=1))
+            a = torch.cat([update.a_shadow for update in held])
+            u = scaled_product(_dropout(x, keys, p), a.t(), scale, x.new_empty(len(x), len(a)))
+            parts = iter(u.split([len(update.a) for update in held], dim=1))
             for y, update in zip(ys, updates, strict=True):
                 if update is not None:
-                    y.addmm_(next(parts), update.b_shadow.t(), alpha=scale)
+                    y.addmm_(next(parts), update.b_shadow.t())
         # Without a gradient to make, x need not outlive this call.
         ctx.save_for_backward(x if held else None, u, keys)
         return tuple(ys)
@@ -388,9 +397,9 @@ class Projections(torch.autograd.Function):
             ranks = [update.a.shape[0] for _, update in held]
             v = torch.empty_like(u)
             for (dy, update), u_i, v_i in zip(held, u.split(ranks, dim=1), v.split(ranks, dim=1), strict=True):
-                torch.addmm(v_i, dy, update.b_shadow, beta=0, alpha=ctx.scale, out=v_i)
-                update.b.grad.add_(_gradient(dy.t(), u_i), alpha=ctx.scale)
-            da = _gradient(v.t(), _dropout(x, keys, ctx.p))
+                scaled_product(dy, update.b_shadow, ctx.scale, v_i)
+                update.b.grad += wide_product(dy.t(), u_i)
+            da = wide_product(v.t(), _dropout(x, keys, ctx.p))
             for (_, update), da_i in zip(held, da.split(ranks), strict=True):
                 update.a.grad += da_i
         dx = None
@@ -439,14 +448,14 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor
     """
     head = head.to(hidden.dtype)
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    all_logits = hidden.new_empty(min(_LOGIT_ROWS, len(targets)), len(head))
-    buffer = torch.empty(_SOFTMAX_ROWS, len(head), dtype=torch.float32, device=hidden.device)
+    logit_rows = hidden.new_empty(min(_LOGIT_ROWS, len(targets)), len(head))
+    wide_rows = torch.empty(_SOFTMAX_ROWS, len(head), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
-        logits = torch.mm(hidden[rows], head.t(), out=all_logits[: len(hidden[rows])])
+        logits = torch.mm(hidden[rows], head.t(), out=logit_rows[: len(hidden[rows])])
         parts = (x.split(_SOFTMAX_ROWS) for x in (logits, targets[rows, None], losses[rows, None]))
         for logit, target, loss in zip(*parts, strict=True):
-            wide = buffer[: len(logit)].copy_(logit)
+            wide = wide_rows[: len(logit)].copy_(logit)
             target_logit, top = wide.gather(1, target), wide.amax(dim=1, keepdim=True)
             probability = torch.softmax(wide, dim=1, out=wide)
             # The largest probability is exp(top - log sum exp): no second pass over the exponentials.
@@ -459,10 +468,13 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The head is frozen: the only gradient is that of `hidden`, ready before the logits are thrown away."""
+    """The head is frozen: the only gradient is that of `hidden`, ready before the logits are thrown away.
+
+    token_losses: this file's, or another with its signature.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, token_losses) -> Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = token_losses(hidden, head, targets, d_hidden)
         ctx.save_for_backward(d_hidden)
@@ -471,9 +483,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_sum: Tensor):
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * d_sum.to(d_hidden.dtype), None, None
+        return d_hidden * d_sum.to(d_hidden.dtype), None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Sum of `token_losses`, differentiable in hidden. hidden [S, n], head [vocabulary, n], targets [S] -> fp32 []."""
-    return LinearCrossEntropy.apply(hidden, head, targets)
+    return LinearCrossEntropy.apply(hidden, head, targets, token_losses)

@@ -36,6 +36,8 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         there = f"{torch.cuda.device_count()} CUDA GPUs are there"
         raise UserError(there, f"--device {name}", "give a device that is there, or auto")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current one
     return device
 
 
@@ -170,9 +172,9 @@ def keep_freed_memory() -> None:
     lengths. Where there is no `mallopt` nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # their names in malloc.h, without M_
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -194,6 +196,6 @@ def choose_micro_batch_tokens(model: Llama, lora: LoraConfig) -> int:
     free = free_bytes(device)
     if free is None:
         return most
-    # The rest is for logits (128 rows at a time, fp32, and their gradient), one expanded weight, and the allocator.
+    # The rest is for 512 rows of logits, one expanded weight, and the allocator.
     fitting = int(0.7 * free / saved_bytes(model.config, lora.rank, model.dtype, model.recompute))
     return max(256, min(most, fitting // 256 * 256))

@@ -15,6 +15,7 @@ example, position, ...). So what a run must remember to go on exactly is small: 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import time
@@ -210,6 +211,8 @@ def interrupts() -> Iterator[list[int]]:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
+        # Not print(): the signal may have come in the midst of one.
+        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,7 +11,7 @@ Three things come from outside, so that this file stays a leaf:
   keys and values (generate.py).
 - `project(x, *linears)` calls the projections that read the same input: q/k/v, gate/up, and o and down alone. Plain by
   default; an adapter puts its own in place (adapter.py), and no module is renamed or wrapped.
-- what a linear is: `Linear` here, or another frozen weight with the same three members (quant.py).
+- what a linear is: `Linear` here, or another frozen weight with the same members (quant.py).
 
 Tokens come as one row, ids [T] and positions [T]. The model ends in normalised hidden states [T, hidden]: whoever needs
 logits multiplies just the rows that matter by `head`.
@@ -89,7 +89,7 @@ def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
 class Linear(nn.Module):
     """x W^T with a frozen W [out, in]; Llama has no biases."""
 
-    nf4 = None
+    nf4 = None  # see kernels.reference.FrozenLinear
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
@@ -119,7 +119,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    def after_adding(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """x + d, and that normalised; two of [T, n]."""
         return kernels.add_rms_norm(x, d, self.weight, self.eps)
 
@@ -159,7 +159,7 @@ class MLP(nn.Module):
         return self.project(kernels.swiglu(gate, up), self.down_proj)[0]
 
 
-def run_again(module: nn.Module, *inputs: object) -> Tensor:
+def recomputed(module: nn.Module, *inputs: object) -> Tensor:
     """module(*inputs), of which only the inputs are kept: the backward pass runs it again."""
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -174,10 +174,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute_mlp: bool) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute_mlp: bool = False) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        x, h = self.post_attention_layernorm.add(x, attended)
-        return x + (run_again(self.mlp, h) if recompute_mlp else self.mlp(h))
+        x, h = self.post_attention_layernorm.after_adding(x, attended)
+        return x + (recomputed(self.mlp, h) if recompute_mlp else self.mlp(h))
 
 
 class Embedding(nn.Module):
@@ -231,7 +231,7 @@ class Llama(nn.Module):
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         for block in self.model.layers:
             if recompute == "block":
-                x = run_again(block, x, cos, sin, attend, False)
+                x = recomputed(block, x, cos, sin, attend)
             else:
                 x = block(x, cos, sin, attend, recompute == "mlp")
         return self.model.norm(x)

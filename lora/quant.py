@@ -48,11 +48,12 @@ class NF4Linear(nn.Module):
     def __init__(self, codes: Tensor, state: QuantState):
         super().__init__()
         self.codes, self.state, self.shape = codes, state, state.shape
-        if self.shape[1] % BLOCK:
+        block, n = state.blocksize, self.shape.numel()
+        if self.shape[1] % block:
             # On a CPU bitsandbytes 0.50 expands row by row and begins a block with every row, though quantising does
-            # not: rows that do not end with a block come out wrong. As one row per block, or as a single row, none do.
-            n = self.shape.numel()
-            state.shape = torch.Size((n // BLOCK, BLOCK) if n % BLOCK == 0 else (1, n))
+            # not: where rows do not end with a block, weights come out wrong. So it is shown one row per block, which
+            # threads share, or a single row where blocks do not divide the weights.
+            state.shape = torch.Size((n // block, block) if n % block == 0 else (1, n))
 
     @classmethod
     def quantise(cls, weight: Tensor) -> NF4Linear:
@@ -69,9 +70,10 @@ class NF4Linear(nn.Module):
 
     @property
     def nf4(self) -> kernels.NF4 | None:
-        """The tensors themselves, for kernels that expand them their own way; None without double quantisation."""
+        """The tensors themselves, for kernels that expand them their own way. None if the folder they are from has
+        other blocks than 64, or no double quantisation."""
         state, second = self.state, self.state.state2
-        if second is None:
+        if second is None or (state.blocksize, second.blocksize) != (BLOCK, 256):
             return None
         return kernels.NF4(self.codes.view(-1), state.code, state.absmax, second.code, second.absmax, state.offset)
 

@@ -223,7 +223,10 @@ def test_choose_device(monkeypatch):
         (problem,) = problems(build.choose_device, name)
         assert problem.startswith("there is no such device")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert build.choose_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize(

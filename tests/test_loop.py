@@ -395,10 +395,11 @@ def test_interrupt(folder, tmp_path, monkeypatch, number):
     assert torch.equal(again.adapter.flat, whole.adapter.flat)
 
 
-def test_second_interrupt_stops_at_once():
+def test_second_interrupt_stops_at_once(capfd):
     with pytest.raises(KeyboardInterrupt), loop.interrupts() as caught:
         os.kill(os.getpid(), signal.SIGINT)
         assert caught == [signal.SIGINT]
+        assert "then saving" in capfd.readouterr().err
         os.kill(os.getpid(), signal.SIGINT)
 
 

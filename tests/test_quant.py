@@ -84,6 +84,16 @@ def test_from_parts(device, dtype, shape):
     assert torch.equal(linear.dense(dtype), NF4Linear.quantise(random_weight(shape, dtype).to(device)).dense(dtype))
 
 
+def test_from_parts_in_other_blocks():
+    """Of 128, where rows of 192 end in the midst of one."""
+    weight = random_weight((64, 192))
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=128)
+    linear = NF4Linear.from_parts(parts_of(state, codes))
+    assert linear.nf4 is None
+    assert linear.dense(torch.float32).shape == weight.shape
+    assert (linear.dense(torch.float32) - weight).square().mean().sqrt() < 0.12
+
+
 def test_from_parts_without_double_quantisation():
     codes, state = bnb.quantize_4bit(random_weight((64, 64)), quant_type="nf4", compress_statistics=False)
     assert torch.equal(

@@ -1,4 +1,6 @@
-"""The ops of reference.py as Triton kernels, under the same names and with the same signatures, for CUDA GPUs."""
+"""The ops of reference.py for CUDA GPUs, under the same names and with the same signatures: Triton kernels, and
+PyTorch's
+flash attention."""
 
 from kernels.fused.attention import attention
 from kernels.fused.cross_entropy import linear_cross_entropy, token_losses

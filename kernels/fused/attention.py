@@ -1,8 +1,9 @@
 """Causal attention inside packed examples, by PyTorch's own flash kernels for rows of different lengths.
 
 Examples lie back to back in one row, and `offsets` says where each begins, so nothing is padded and no mask is made;
-eight key heads serve 32 query heads as they are. The flash kernel wants 16 bits and compute capability 8.0 (Ampere).
-Older GPUs (a T4), and fp32, take what PyTorch has for them, one run of equally long examples at a time.
+eight key heads serve 32 query heads as they are. The flash kernel wants 16 bits, heads of at most 256 and a
+multiple of 8, and compute capability 8.0 (Ampere). What it refuses takes PyTorch's other kernels, one run of equally
+long examples at a time.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ def _grouped() -> dict[str, bool]:
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
+def _flash_takes(q: Tensor) -> bool:
+    width, modern = q.shape[-1], q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return modern and q.dtype != torch.float32 and width % 8 == 0 and width <= 256
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """See reference.attention."""
-    if q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0):
+    if not _flash_takes(q):
         return _attention_in_runs(q, k, v, lengths)
     offsets, longest = _offsets(tuple(lengths), q.device), max(lengths)
     return varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **_grouped())

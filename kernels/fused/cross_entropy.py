@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference import LinearCrossEntropy
+
 # Bytes of logits at a time: rows enough for GEMMs at full speed, little beside a model.
 _SCRATCH = 256 * 2**20
 # Logits of a row at a time, over sixteen warps.
-_BLOCK = 8192
+BLOCK = 8192
 
 
 @triton.jit
@@ -61,8 +63,10 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor
     head = head.to(hidden.dtype)
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     at_a_time = max(1, min(len(targets), _SCRATCH // (head.itemsize * len(head))))
+    if at_a_time > 256:
+        at_a_time -= at_a_time % 256  # whole tiles of a GEMM
     buffer = hidden.new_empty(at_a_time, len(head))
-    block = min(_BLOCK, triton.next_power_of_2(len(head)))
+    block = min(BLOCK, triton.next_power_of_2(len(head)))
     for start in range(0, len(targets), at_a_time):
         rows = slice(start, start + at_a_time)
         logits = torch.mm(hidden[rows], head.t(), out=buffer[: len(targets[rows])])
@@ -73,20 +77,6 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor
     return losses
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        losses = token_losses(hidden, head, targets, d_hidden)
-        ctx.save_for_backward(d_hidden)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, d_sum: Tensor):
-        (d_hidden,) = ctx.saved_tensors
-        return d_hidden * d_sum.to(d_hidden.dtype), None, None
-
-
 def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """See reference.linear_cross_entropy."""
-    return LinearCrossEntropy.apply(hidden, head, targets)
+    return LinearCrossEntropy.apply(hidden, head, targets, token_losses)

@@ -8,8 +8,8 @@ already costs a read and a write of y. It can be had inside the GEMM,
 
     y = [x | u] [W | B]^T,      dx = [dy | v] [W ; A]
 
-for the price of copying x (or dy) to where u has room beside it; W costs nothing extra, since it must be expanded
-anyway and may as well be expanded beside B. So the wide side decides:
+for the price of copying x (or dy) to where u has room beside it; a W in NF4 costs nothing extra, since it must be
+expanded anyway and may as well be expanded beside B (a W in 16 bits is copied). So the wide side decides:
 
     out > in  (gate, up)     forward rides along: x is copied, the wide y is written once
     in > out  (down)         backward rides along: dy is copied, the wide dx is written once (not under dropout, whose
@@ -32,9 +32,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused import nf4
-from kernels.reference import FrozenLinear, LowRank
+from kernels.reference import FrozenLinear, LowRank, scaled_product, wide_product
 
-# Up to this many tokens a matrix is read once and multiplied at once; from there on it is expanded first.
+# Up to this many tokens the codes of a matrix are multiplied as they are read; with more, or in fp32, whose tiles do not
+# fit the registers, it is expanded first. (Not measured yet.)
 _FEW = 64
 BLOCK = 1024
 
@@ -90,19 +91,17 @@ def _dense(linear: FrozenLinear, like: Tensor) -> Tensor:
     return linear.dense(like.dtype) if linear.nf4 is None else _expanded(linear, like.new_empty(linear.shape))
 
 
-def _scaled(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
-    """scale * a @ b, scaled before it is rounded."""
-    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, as it comes out of the GEMM, to be added to an fp32 gradient."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else (a @ b).float()
+def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
+    """Whether an update should ride along. Not if W then stands where a GEMM cannot read 16 bytes at a time; and a W in
+    16 bits must be copied, which costs in * out, for tokens * (out - in) saved."""
+    n_out, n_in = linear.shape
+    copied = 0 if linear.nf4 is not None else n_in * n_out
+    return len(update.a) % 8 == 0 and tokens > _FEW and tokens * abs(n_out - n_in) > copied
 
 
 def _product(x: Tensor, linear: FrozenLinear) -> Tensor:
     """x W^T"""
-    if linear.nf4 is not None and len(x) <= _FEW:
+    if linear.nf4 is not None and len(x) <= _FEW and x.itemsize == 2:
         return nf4.few_tokens(x, linear.nf4)
     return x @ _dense(linear, x).t()
 
@@ -121,29 +120,29 @@ class Projections(torch.autograd.Function):
         ys: list[Tensor | None] = [None] * len(frozen)
         us: list[Tensor | None] = [None] * len(frozen)
         held = [i for i, update in enumerate(updates) if update is not None]
-        riding = [i for i in held if frozen[i].shape[0] > n_in and len(x) > _FEW][:2]
+        # Two at most: a copy of x has two sides.
+        riding = [i for i in held if frozen[i].shape[0] > n_in and _pays(frozen[i], updates[i], len(x))][:2]
         if riding:
             left, *right = (len(updates[i].a) for i in riding)
-            room = x.new_empty(len(x), left + n_in + sum(right))  # [u_0 | x | u_1]
+            room = x.new_empty(len(x), left + n_in + sum(right))
             x = room[:, left : left + n_in].copy_(x)
-        for side, i in enumerate(riding):
-            r = len(updates[i].a)
-            both, beside, base = (
-                (room[:, : r + n_in], slice(0, r), slice(r, None))
-                if side == 0
-                else (room[:, left:], slice(n_in, None), slice(0, n_in))
+            # Where an update rides: its columns of `room`, and where in them (and in its weight) u and x stand.
+            sides = (
+                (room[:, : left + n_in], slice(0, left), slice(left, None)),  # [u_0 | x]
+                (room[:, left:], slice(n_in, None), slice(0, n_in)),  # [x | u_1]
             )
-            us[i] = _scaled(dropped, updates[i].a_shadow.t(), scale, both[:, beside])
-            weight = x.new_empty(len(updates[i].b), n_in + r)
-            weight[:, beside] = updates[i].b_shadow
-            _expanded(frozen[i], weight[:, base])
-            ys[i] = both @ weight.t()
+            for i, (both, beside, base) in zip(riding, sides, strict=False):
+                us[i] = scaled_product(dropped, updates[i].a_shadow.t(), scale, both[:, beside])
+                weight = x.new_empty(frozen[i].shape[0], both.shape[1])
+                weight[:, beside] = updates[i].b_shadow
+                _expanded(frozen[i], weight[:, base])
+                ys[i] = both @ weight.t()
         for i in range(len(frozen)):
             if i not in riding:
                 ys[i] = _product(x, frozen[i])
         if adding := [i for i in held if i not in riding]:
             a, ranks = _stacked([updates[i] for i in adding])
-            u = _scaled(dropped, a.t(), scale, x.new_empty(len(x), len(a)))
+            u = scaled_product(dropped, a.t(), scale, x.new_empty(len(x), len(a)))
             for i, u_i in zip(adding, u.split(ranks, dim=1), strict=True):
                 us[i] = u_i
                 ys[i].addmm_(u_i, updates[i].b_shadow.t())
@@ -154,28 +153,27 @@ class Projections(torch.autograd.Function):
     def backward(ctx, *dys: Tensor):
         x, keys, *us = ctx.saved_tensors
         frozen, p, want_dx = ctx.frozen, ctx.p, ctx.needs_input_grad[0]
-        dys = [dy.contiguous() for dy in dys]
         held = [i for i, update in enumerate(ctx.updates) if update is not None]
-        riding = False
+        rides = False
         if held:
             updates = [ctx.updates[i] for i in held]
             a, ranks = _stacked(updates)
             n_out, n_in = frozen[0].shape
-            riding = want_dx and p == 0 and len(frozen) == 1 and n_in > n_out
-            if riding:
+            rides = want_dx and p == 0 and len(frozen) == 1 and n_in > n_out and _pays(frozen[0], updates[0], len(x))
+            if rides:
                 room = x.new_empty(len(x), n_out + len(a))  # [dy | v]
                 room[:, :n_out] = dys[0]
                 v = room[:, n_out:]
             else:
                 v = x.new_empty(len(x), len(a))
             for i, update, v_i in zip(held, updates, v.split(ranks, dim=1), strict=True):
-                _scaled(dys[i], update.b_shadow, ctx.scale, v_i)
-                update.b.grad += _wide_product(dys[i].t(), us[i])
-            da = _wide_product(v.t(), dropout(x, keys, p))
+                scaled_product(dys[i], update.b_shadow, ctx.scale, v_i)
+                update.b.grad += wide_product(dys[i].t(), us[i])
+            da = wide_product(v.t(), dropout(x, keys, p))
             for update, da_i in zip(updates, da.split(ranks), strict=True):
                 update.a.grad += da_i
         dx = None
-        if riding:
+        if rides:
             weight = x.new_empty(n_out + len(a), n_in)  # [W ; A]
             _expanded(frozen[0], weight[:n_out])
             weight[n_out:] = a

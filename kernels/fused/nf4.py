@@ -6,12 +6,12 @@ Weight number e of a matrix [out, in], counted row by row, is
 
 (reference.NF4). Everything is computed in fp32 and rounded once, as bitsandbytes does.
 
-`expand` reads half a byte and writes two (in 16 bits), so writing is what takes the time. Its target may be a slice of
-wider rows, so that B or A of an adapter can stand beside W and one GEMM does both.
+`expand_nf4` reads half a byte and writes two (in 16 bits), so writing is what takes the time. Its target may be a slice
+of wider rows, so that B or A of an adapter can stand beside W and one GEMM does both.
 
-`few_tokens` is y = x W^T for a handful of rows of x, where reading W is all the time there is: expanding it first would
-move 0.5 + 2 + 2 bytes a weight, and here it is 0.5. A tile of codes becomes two tiles of weights, those in even and in
-odd columns, and with x parted the same way
+`few_tokens` is y = x W^T for a handful of rows of x and an even `in`, where reading W is all the time there is:
+expanding it first would move 0.5 + 2 + 2 bytes a weight, and here it is 0.5. A tile of codes becomes two tiles of
+weights, those in even and in odd columns, and with x parted the same way
 
     y = x_even W_even^T + x_odd W_odd^T
 
@@ -36,15 +36,15 @@ def _absmax(block, inside, code2, table2, absmax2, mean):
 
 @triton.jit
 def _expand(
-    codes,
-    table,
-    code2,
-    table2,
-    absmax2,
-    mean,  # the six tensors of an NF4
-    out,  # [n / IN, IN], its rows `stride` apart
+    codes,  # the six tensors of an NF4: uint8
+    table,  # fp32 [16]
+    code2,  # uint8
+    table2,  # fp32 [256]
+    absmax2,  # fp32
+    mean,  # fp32 []
+    out,  # [n / IN, IN], its rows STRIDE apart
     n,
-    stride,
+    STRIDE: tl.constexpr,
     IN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -54,17 +54,20 @@ def _expand(
     absmax = _absmax(block, block * 64 < n, code2, table2, absmax2, tl.load(mean))
     high, low = tl.load(table + (byte >> 4)) * absmax, tl.load(table + (byte & 15)) * absmax
     weights = tl.interleave(high, low).to(out.dtype.element_ty)
-    # IN is a constant, so these two divisions are multiplications.
+    # IN and STRIDE are constants, so these two divisions are multiplications, and eight weights are seen to be one
+    # store.
     element = block * 64 + tl.arange(0, 64)[None, :]
     row, column = element // IN, element % IN
-    tl.store(out + row.to(tl.int64) * stride + column, weights, mask=element < n)
+    tl.store(out + row.to(tl.int64) * STRIDE + column, weights, mask=element < n)
 
 
 def expand_nf4(weight: NF4, out: Tensor) -> Tensor:
     """See reference.expand_nf4."""
     # Four bytes a thread: one load of 4 bytes, one store of eight 16-bit weights.
     n, blocks = out.numel(), 16
-    _expand[(triton.cdiv(n, 64 * blocks),)](*weight, out, n, out.stride(0), IN=out.shape[1], BLOCKS=blocks, num_warps=4)
+    constants = {"STRIDE": out.stride(0), "IN": out.shape[1], "BLOCKS": blocks}
+    # Product and sum of absmax are rounded one after the other, as bitsandbytes does: no fused multiply-add.
+    _expand[(triton.cdiv(n, 64 * blocks),)](*weight, out, n, **constants, num_warps=4, enable_fp_fusion=False)
     return out
 
 
@@ -72,12 +75,12 @@ def expand_nf4(weight: NF4, out: Tensor) -> Tensor:
 def _few_tokens(
     x_even,  # [T, in / 2]
     x_odd,  # [T, in / 2]
-    codes,
-    table,
-    code2,
-    table2,
-    absmax2,
-    mean,  # the six tensors of an NF4
+    codes,  # the six tensors of an NF4: uint8
+    table,  # fp32 [16]
+    code2,  # uint8
+    table2,  # fp32 [256]
+    absmax2,  # fp32
+    mean,  # fp32 []
     y,  # [T, out]
     tokens,
     n_out,
@@ -87,7 +90,7 @@ def _few_tokens(
     BYTES: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.arange(0, TOKENS)
     centre = tl.load(mean)
     total = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
     for start in range(0, half, BYTES):
@@ -108,12 +111,11 @@ def _few_tokens(
 
 
 def few_tokens(x: Tensor, weight: NF4) -> Tensor:
-    """x [T, in] -> x W^T [T, out] without ever writing W."""
+    """x [T, in], T at most 64, in even -> x W^T [T, out] without ever writing W."""
     tokens, n_in = x.shape
-    n_out = 2 * len(weight.codes.view(-1)) // n_in
+    n_out = 2 * len(weight.codes) // n_in
     even, odd = x.view(tokens, n_in // 2, 2).permute(2, 0, 1).contiguous()
     y = x.new_empty(tokens, n_out)
-    block = {"TOKENS": min(64, max(16, triton.next_power_of_2(tokens))), "ROWS": 32, "BYTES": 32}
-    grid = (triton.cdiv(n_out, block["ROWS"]), triton.cdiv(tokens, block["TOKENS"]))
-    _few_tokens[grid](even, odd, *weight, y, tokens, n_out, n_in // 2, **block)
+    block = {"TOKENS": max(16, triton.next_power_of_2(tokens)), "ROWS": 32, "BYTES": 32}
+    _few_tokens[(triton.cdiv(n_out, block["ROWS"]),)](even, odd, *weight, y, tokens, n_out, n_in // 2, **block)
     return y

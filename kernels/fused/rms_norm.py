@@ -1,6 +1,6 @@
 """RMSNorm, alone and with the residual added on the way, one row of the residual stream a program.
 
-    t = x + d                                  d: what attention or the MLP adds to the stream; alone, t = x
+    t = x + d                                  d: what attention adds to the stream; alone, t = x
     y = w * t * rho,  rho = 1 / sqrt(mean(t^2) + eps)
 
 With g = w * dy, and dt what reaches t by the stream itself:
@@ -8,7 +8,7 @@ With g = w * dy, and dt what reaches t by the stream itself:
     dx = dd = dt + rho * (g - t * rho^2 * mean(g * t))            (reference.RMSNorm has the derivation)
 
 Saved: t, which the stream keeps anyway, and rho, one number a row. In 16 bits a row of n moves 2n bytes for each of
-x, d, t, y forward and t, dy, dt, dx backward; as separate operations the additions alone would move 12n more.
+x, d, t, y forward and t, dy, dt, dx backward; as two operations each way it would move 6n more.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y, rho = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+        # Not ADDED, so the places of d and t are never touched.
         _forward[(len(x),)](x, x, weight, x, y, rho, x.shape[1], eps, ADDED=False, **_layout(x.shape[1]))
         ctx.save_for_backward(x, weight, rho)
         return y
@@ -92,6 +93,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight, rho = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
+        # Nor is that of dt.
         _backward[(len(x),)](x, weight, rho, dy, dy, dx, x.shape[1], ADDED=False, **_layout(x.shape[1]))
         return dx, None, None
 
