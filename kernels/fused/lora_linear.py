@@ -34,8 +34,8 @@ from torch import Tensor
 from kernels.fused import nf4
 from kernels.reference import FrozenLinear, LowRank, scaled_product, wide_product
 
-# Up to this many tokens the codes of a matrix are multiplied as they are read; with more, or in fp32, whose tiles do not
-# fit the registers, it is expanded first. (Not measured yet.)
+# Up to this many tokens the codes of a matrix are multiplied as they are read. With more, or in fp32, whose tiles do
+# not fit the registers, it is expanded first. (Not measured yet.)
 _FEW = 64
 BLOCK = 1024
 
