@@ -4,10 +4,11 @@
     python benchmarks/throughput.py --workload short --impl ours unsloth
     python benchmarks/throughput.py --shape tiny --device cpu --impl ours --workload short       a dry run
 
-Weights are random in the real shapes, the base is NF4 with double quantisation, and every trainer gets the same seeded
-examples, all tokens supervised, in a process of its own; the optimiser step, clipping and (ours) packing are counted.
-The peers run in one hand-written loop: bf16 autocast, bitsandbytes' 8-bit AdamW, rows padded to the longest of a
-micro-batch. Padding is no work done, so a rate counts real tokens only.
+LORA_KERNELS=fused in the environment has ours take its fused kernels. Weights are random in the real shapes, the base
+is NF4 with double quantisation, and every trainer gets the same seeded examples, all tokens supervised, in a process of
+its own; the optimiser step, clipping and (ours) packing are counted. The peers run in one hand-written loop: bf16
+autocast, bitsandbytes' 8-bit AdamW, rows padded to the longest of a micro-batch. Padding is no work done, so a rate
+counts real tokens only.
 
 Peak memory is torch's, from the loaded model on, warm-up included. The floor is the matmuls that the step cannot do
 without, at the rate of one large bf16 matmul measured in the same process; attention and elementwise work come on top.

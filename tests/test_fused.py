@@ -4,6 +4,8 @@ The ops one by one are in test_ops.py.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,12 +31,28 @@ EXAMPLES = random_examples((7, 20, 3, 20, 70), vocabulary=299)
 @pytest.fixture
 def ops(monkeypatch) -> Callable:
     """ops(module): from now on the model takes its ops from there."""
+    return lambda module: monkeypatch.setattr(kernels, "implementation", lambda x: module)
 
-    def take(module) -> None:
-        for name in fused.__all__:
-            monkeypatch.setattr(kernels, name, getattr(module, name))
 
-    return take
+def test_who_takes_which(monkeypatch):
+    """A CPU the reference, always; a GPU of capability 8.0 the fused ops, where they are asked for."""
+
+    class OnGPU(NamedTuple):
+        is_cuda: bool = True
+        device: str = "cuda"
+
+    for asked, capability, wanted in (("", (9, 0), reference), ("fused", (9, 0), fused), ("fused", (7, 5), reference)):
+        monkeypatch.setenv("LORA_KERNELS", asked)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert kernels.implementation(OnGPU()) is wanted
+        assert kernels.implementation(torch.zeros(1)) is reference
+
+
+@pytest.mark.parametrize("name", [name for name in fused.__all__ if name != "expand_nf4"])
+def test_every_op_is_dispatched(monkeypatch, name):
+    calls = SimpleNamespace(**{name: lambda *arguments: arguments})
+    monkeypatch.setattr(kernels, "implementation", lambda x: calls)
+    assert getattr(kernels, name)(1, 2) == (1, 2)
 
 
 def step(model: Llama, adapter: Adapter) -> tuple[float, dict[tuple[str, str], Tensor]]:
