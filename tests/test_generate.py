@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lora import generate as generating
 from lora.adapter import Adapter
 from lora.config import LoraConfig
 from lora.generate import Answer, generate, sample, uniform
@@ -190,3 +191,12 @@ WRONG += [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}]
 def test_wrong_calls_are_refused(llama, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(**{"model": llama, "prompts": PROMPTS, "stop": [], "max_new_tokens": 4, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("free", "size"), [(None, 64), (2**40, 64), (0, 1), (2 * 10 * 2 * 3 * 2 * 16 * 100 * 4, 10)], ids=str
+)
+def test_batch_size_from_memory(llama, monkeypatch, free, size):
+    """A sequence's cache: keys and values in 3 layers, 2 key heads of 16, 100 tokens, fp32."""
+    monkeypatch.setattr(generating, "free_bytes", lambda device: free)
+    assert generating.choose_batch_size(llama, 100) == size
