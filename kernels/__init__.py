@@ -20,12 +20,14 @@ from kernels.reference import NF4, LowRank, mix_keys
 
 def implementation(x: Tensor) -> ModuleType:
     """Where the ops on this tensor, and others on its device, come from."""
-    asked = os.environ.get("LORA_KERNELS") == "fused"
-    if asked and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):
-        from kernels import fused  # needs Triton
+    # Asked for every op, so a CPU must not go through the environment each time.
+    if not x.is_cuda or os.environ.get("LORA_KERNELS") != "fused":
+        return reference
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return reference
+    from kernels import fused  # needs Triton
 
-        return fused
-    return reference
+    return fused
 
 
 def _op(name: str) -> Callable:
