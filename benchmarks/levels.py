@@ -55,42 +55,33 @@ def trained(run: Path, flags: list[str]) -> None:
         sys.exit(f"{run} did not end well")
 
 
-def row(level: str, run: Path, control: Path) -> list[str]:
-    """A line of the table: base -> tuned, the difference's 95 % interval in brackets.
+def column(run: Path, control: Path) -> dict[str, str]:
+    """A level's column of the table: base -> tuned, the difference's 95 % interval in brackets.
 
-    The control's column has its loss on sentences, and the interval of tuned - control.
+    The control's cell has its loss on sentences, and the interval of tuned - control.
     """
     mine, others = (read_json(folder / "eval.json") for folder in (run, control))
     metrics, card = mine["metrics"], read_json(run / "run_card.json")
-
-    def loss(kind: str) -> str:
+    cells = {}
+    for kind in ("response", "full text", "sentences"):
         base, tuned, _, low, high, _ = metrics[f"loss, {kind}"].values()
-        perplexities = f"{math.exp(base):.1f} -> {math.exp(tuned):.1f}"
-        return f"{base:.3f} -> {tuned:.3f} [{low:+.3f}, {high:+.3f}], ppl {perplexities}"
-
-    def share(name: str) -> str:
-        base, tuned, _, low, high, _ = metrics[name].values()
-        if low is None:  # a side wrote no sentence at all
-            base, tuned = ("-" if side is None else f"{100 * side:.0f}" for side in (base, tuned))
-            return f"{base} -> {tuned} %"
-        return f"{100 * base:.0f} -> {100 * tuned:.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]"
-
+        cells[f"loss, {kind}"] = f"{base:.3f} -> {tuned:.3f} [{low:+.3f}, {high:+.3f}]"
+        cells[f"perplexity, {kind}"] = f"{math.exp(base):.1f} -> {math.exp(tuned):.1f}"
     by_word = [
         Tally({word: (total, count) for word, total, count in side["tallies"]["loss, sentences"]})
         for side in (others, mine)
     ]
     low, high = difference(*by_word)
-    beside = f"{by_word[0].mean:.3f} [{low:+.3f}, {high:+.3f}]"
-    losses = [loss(kind) for kind in ("response", "full text", "sentences")]
-    shares = [share(name) for name in ("valid lists", "words used", AT_LEVEL)]
-    spent = f"{card['steps']}, best {card['best_step']}"
-    return [level, *losses, beside, *shares, spent, f"{card['seconds_in_steps']:.0f}"]
-
-
-HEAD = (
-    "level", "loss, response", "loss, full text", "loss, sentences", "control's", "valid lists", "words used",
-    "at the level", "steps", "s",
-)  # fmt: skip
+    cells["control's loss, sentences"] = f"{by_word[0].mean:.3f} [{low:+.3f}, {high:+.3f}]"
+    for name in ("valid lists", "words used", AT_LEVEL):
+        base, tuned, _, low, high, _ = metrics[name].values()
+        base, tuned = ("-" if side is None else f"{100 * side:.0f}" for side in (base, tuned))
+        # Without an interval, a side wrote no sentence at all.
+        interval = "" if low is None else f" [{100 * low:+.0f}, {100 * high:+.0f}]"
+        cells[name] = f"{base} -> {tuned} %{interval}"
+    cells["steps (best)"] = f"{card['steps']} ({card['best_step']})"
+    cells["seconds in steps"] = f"{card['seconds_in_steps']:.0f}"
+    return cells
 
 
 def main() -> None:
@@ -98,7 +89,7 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=[*LEVELS])
     parser.add_argument("--folder", type=Path, default=Path("runs/levels"))
     arguments, flags = parser.parse_known_args()
-    rows = []
+    columns = {}
     for level in arguments.levels:
         run, control = arguments.folder / level, arguments.folder / f"{level}-control"
         table = arguments.folder / f"{level}-control.tsv"
@@ -109,10 +100,10 @@ def main() -> None:
         for folder, generations in ((run, "3"), (control, "0")):
             if not (folder / "eval.json").is_file():
                 evaluation.main(["--run", str(folder), "--generations", generations])
-        rows.append(row(level, run, control))
-    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
-    for cells in rows:
-        print("| " + " | ".join(cells) + " |")
+        columns[level] = column(run, control)
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for name in next(iter(columns.values())):
+        print(f"| {name} | " + " | ".join(cells[name] for cells in columns.values()) + " |")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def wrapped_adapter(model: Llama, config: LoraConfig) -> Adapter:
     adapter = Adapter(model, config, seed=0)
     draw = torch.Generator().manual_seed(1)
     for update in adapter.updates.values():
-        update.b.data.normal_(std=0.1, generator=draw)
+        update.b.data.copy_(0.1 * torch.randn(update.b.shape, generator=draw))
     adapter.refresh()
     adapter.wrap(model)
     return adapter
