@@ -58,6 +58,7 @@ def ours(workload: str, quant: str, folder: Path):
     from lora.adapter import Adapter
     from lora.build import build_model, choose_dtype, keep_freed_memory
     from lora.data import pack_examples
+    from lora.forward import Eager
     from lora.loop import LossScale, token_keys, train_step
     from lora.optim import build_optimiser, choose_optimiser
 
@@ -73,7 +74,7 @@ def ours(workload: str, quant: str, folder: Path):
     def step(examples: list[Example]) -> float:
         packs = pack_examples(range(len(examples)), examples, budget=4096)
         keys = [token_keys(0, 0, pack) for pack in packs]
-        return train_step(model, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
+        return train_step(Eager(model), adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
 
     return step
 

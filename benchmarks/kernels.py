@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.throughput import SHAPES, VOCABULARY, Shape
 from kernels import fused, reference
-from kernels.fused.nf4 import few_tokens
 from kernels.reference import LowRank
 from lora.quant import NF4Linear
 
@@ -127,7 +126,7 @@ def elementwise(shape: Shape, tokens: int, device: torch.device) -> Iterator[Row
 
 
 def nf4(shape: Shape, device: torch.device) -> Iterator[Row]:
-    """The expansion, alone and beside room for an update; a few tokens times a weight, against expanding it first."""
+    """The expansion, alone and beside room for an update."""
     dtype = dtype_on(device)
     for out, into in ((shape.hidden, shape.hidden), (shape.mlp, shape.hidden)):
         linear = NF4Linear.quantise(torch.randn(out, into, device=device))
@@ -139,14 +138,6 @@ def nf4(shape: Shape, device: torch.device) -> Iterator[Row]:
                 lambda weight=weight, room=room: fused.expand_nf4(weight, room),
                 copying(codes + out * into * dtype.itemsize),
                 {"bitsandbytes": lambda linear=linear: linear.dense(dtype)},
-            )
-        for tokens in (1, 16, 64):
-            x = torch.randn(tokens, into, device=device, dtype=dtype)
-            yield Row(
-                f"{tokens} tokens times NF4 {into} -> {out}",
-                lambda x=x, weight=weight: few_tokens(x, weight),
-                copying(codes),
-                {"expanded first": lambda x=x, weight=weight, room=room: x @ fused.expand_nf4(weight, room).t()},
             )
 
 

@@ -207,6 +207,7 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
     from lora.adapter import Adapter
     from lora.build import build_model
     from lora.data import pack_examples
+    from lora.forward import Eager, Graphs
     from lora.loop import LossScale, token_keys, train_step
     from lora.optim import build_optimiser
 
@@ -216,6 +217,7 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
     adapter = Adapter(model, config, seed=0)
     adapter.wrap(model)
     optimiser = build_optimiser("adamw8bit", adapter.flat, adapter.grad, weight_decay=0.01)
+    forward = Graphs(model, adapter) if Graphs.possible(model) else Eager(model)
     made = 0
 
     def step(rows: list[list[int]]) -> float:
@@ -224,7 +226,7 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
         examples = [Example(str(i), row, [True] * len(row)) for i, row in enumerate(rows)]
         packs = pack_examples(range(len(examples)), examples, micro_batch_tokens)
         keys = [token_keys(0, made, pack) for pack in packs]
-        return train_step(model, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
+        return train_step(forward, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
 
     return step
 

@@ -1,12 +1,9 @@
 """The trainer's ops by name. Callers never ask which implementation they get.
 
-Each op is defined in `reference.py`, in plain PyTorch that runs on any device. `fused/` has them for CUDA: Triton
-kernels, and PyTorch's flash attention. The kernels pass the same tests in Triton's interpreter, in fp32 and fp16, and
-compile for compute capability 7.5, 8.0 and 9.0; but no GPU has run any of it yet, so they are taken only where the
-environment says LORA_KERNELS=fused, on a GPU of capability 8.0 or more.
+Each op is defined in `reference.py`, in plain PyTorch that runs on any device. `fused/` has them for CUDA GPUs of
+compute capability 8.0 (Ampere) or more: Triton kernels, and PyTorch's flash attention.
 """
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
@@ -15,19 +12,22 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.reference import NF4, LowRank, mix_keys
+from kernels.reference import NF4, LowRank, Offsets, mix_keys
 
 
 def implementation(x: Tensor) -> ModuleType:
     """Where the ops on this tensor, and others on its device, come from."""
-    # Asked for every op, so a CPU must not go through the environment each time.
-    if not x.is_cuda or os.environ.get("LORA_KERNELS") != "fused":
-        return reference
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0):
         return reference
     from kernels import fused  # needs Triton
 
     return fused
+
+
+def takes_offsets(x: Tensor, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attention` in this dtype on the device of x takes `Offsets`, so that a CUDA graph can hold it."""
+    ops = implementation(x)
+    return ops is not reference and ops.flash_takes(x.device, dtype, head_dim)
 
 
 def _op(name: str) -> Callable:
@@ -52,6 +52,7 @@ token_losses = _op("token_losses")
 __all__ = [
     "NF4",
     "LowRank",
+    "Offsets",
     "add_rms_norm",
     "attention",
     "implementation",
@@ -61,5 +62,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "takes_offsets",
     "token_losses",
 ]

@@ -268,10 +268,18 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
+class Offsets(NamedTuple):
+    """The lengths of packed examples as a CUDA graph can read them: from the device, with a bound that stays."""
+
+    starts: Tensor  # int32 [n + 1]: where each example begins, and the end; equal neighbours are an empty example
+    longest: int  # no example is longer
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """Causal attention inside each packed example, grouped heads as they are.
 
-    q [T, heads, D], k and v [T, kv_heads, D], lengths summing to T -> [T, heads, D].
+    q [T, heads, D], k and v [T, kv_heads, D], lengths summing to T -> [T, heads, D]. Where `kernels.takes_offsets` says
+    so, lengths may be `Offsets`.
     """
     return Attention.apply(q, k, v, lengths)
 
@@ -297,11 +305,13 @@ def mix_keys(keys: Tensor, value: int | Tensor) -> Tensor:
 def dropout_mask(keys: Tensor, channels: int, p: float) -> Tensor:
     """Which inputs stay, as a pure function of the token's key and the channel: no generator, nothing to store.
 
-    keys int32 [T], one for each token -> bool [T, channels], each True with probability 1 - p (in steps of 2^-24).
+    keys int32 [T], one for each token -> bool [T, channels], each True with probability 1 - p (in steps of 2^-16).
+    Channels 2j and 2j + 1 take the two halves of one hash.
     """
-    channel = torch.arange(channels, dtype=torch.int32, device=keys.device) * (0x9E3779B9 - 2**32)
-    bits = _mix(keys[:, None] ^ channel)
-    return (bits >> 8) & 0xFFFFFF >= round(p * 2**24)
+    pair = torch.arange(-(-channels // 2), dtype=torch.int32, device=keys.device) * (0x9E3779B9 - 2**32)
+    bits = _mix(keys[:, None] ^ pair)
+    halves = torch.stack((bits & 0xFFFF, (bits >> 16) & 0xFFFF), dim=2).flatten(1)
+    return halves[:, :channels] >= round(p * 2**16)
 
 
 class NF4(NamedTuple):
@@ -357,6 +367,14 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += wide_product(a, b), without a copy between where the hardware can."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 def scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
     """out = scale * a @ b, scaled before it is rounded."""
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
@@ -366,7 +384,7 @@ class Projections(torch.autograd.Function):
     """y_i = x W_i^T + u_i B_i^T with u_i = s m(x) A_i^T, for linears that read the same x; m is dropout.
 
     With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i += v_i^T m(x),   dB_i += dy_i^T u_i.
-    W_i is frozen: expanded when needed, used, thrown away, and never differentiated. Saved: x and the skinny u_i.
+    W_i is frozen: expanded when needed, used, thrown away, and never differentiated. Saved: m(x) and the skinny u_i.
     Linears without an update take part with u_i = 0. All A_i stand under each other, so one product makes every u_i
     and one makes every dA_i; and one mask serves them, since they see one input.
     """
@@ -378,8 +396,8 @@ class Projections(torch.autograd.Function):
         ys = [x @ linear.dense(x.dtype).t() for linear in frozen]
         u = None
         if held:
-            a = torch.cat([update.a_shadow for update in held])
-            u = scaled_product(_dropout(x, keys, p), a.t(), scale, x.new_empty(len(x), len(a)))
+            a, x = torch.cat([update.a_shadow for update in held]), _dropout(x, keys, p)
+            u = scaled_product(x, a.t(), scale, x.new_empty(len(x), len(a)))
             parts = iter(u.split([len(update.a) for update in held], dim=1))
             for y, update in zip(ys, updates, strict=True):
                 if update is not None:
@@ -398,9 +416,8 @@ class Projections(torch.autograd.Function):
             v = torch.empty_like(u)
             for (dy, update), u_i, v_i in zip(held, u.split(ranks, dim=1), v.split(ranks, dim=1), strict=True):
                 scaled_product(dy, update.b_shadow, ctx.scale, v_i)
-                update.b.grad += wide_product(dy.t(), u_i)
-            da = wide_product(v.t(), _dropout(x, keys, ctx.p))
-            for (_, update), da_i in zip(held, da.split(ranks), strict=True):
+                add_product(update.b.grad, dy.t(), u_i)
+            for (_, update), da_i in zip(held, wide_product(v.t(), x).split(ranks), strict=True):
                 update.a.grad += da_i
         dx = None
         if ctx.needs_input_grad[0]:

@@ -102,6 +102,7 @@ class OptimConfig:
     recompute: Literal["none", "mlp", "block"] = flag(
         "none", "what to run again in backward instead of keeping what it made: the MLPs, or whole blocks"
     )
+    no_graphs: bool = flag(False, "on a GPU, run op by op instead of as CUDA graphs: slower, and somewhat less memory")
     learning_rate: float = flag(2e-4, "peak learning rate", low=0)
     schedule: Literal["cosine", "linear", "constant"] = flag("cosine", "the learning rate after warmup")
     warmup_ratio: float = flag(0.1, "part of all steps in which the learning rate rises", low=0, high=1)

@@ -12,6 +12,7 @@ know its number.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -428,20 +429,21 @@ def make_pack(indices: list[int], examples: Sequence[Example]) -> Pack:
 
 
 def pack_examples(indices: Sequence[int], examples: Sequence[Example], budget: int) -> list[Pack]:
-    """These examples in rows of at most `budget` tokens, or one example where it alone is longer.
+    """These examples in as few rows as a budget of tokens allows, all nearly equally long; an example that alone is
+    longer has a row of its own.
 
-    Longest first, each into the first row with room for it (first-fit decreasing): about 11/9 of the fewest rows at
-    worst, and equally long examples end up as neighbours, which attention can take as one batch.
+    Longest first, each to the shortest row so far (Graham 1969), with one row more until no row is too long. So equally
+    long examples end up as neighbours, which attention can take as one batch.
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(indices, key=lambda index: -len(examples[index].ids)):
-        length = len(examples[index].ids)
-        row = next((row for row, free in enumerate(room) if free >= length), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(budget)
-        rows[row].append(index)
-        room[row] -= length
+    order = sorted(indices, key=lambda index: -len(examples[index].ids))
+    lengths = [len(examples[index].ids) for index in order]
+    for count in range(min(len(order), -(-sum(lengths) // budget)), len(order) + 1):
+        rows = [[] for _ in range(count)]
+        heap = [(0, row) for row in range(count)]  # tokens so far, which row
+        for index, length in zip(order, lengths, strict=True):
+            tokens, row = heap[0]
+            rows[row].append(index)
+            heapq.heapreplace(heap, (tokens + length, row))
+        if all(tokens <= budget or len(rows[row]) == 1 for tokens, row in heap):
+            break
     return [make_pack(row, examples) for row in rows]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import kernels
 from lora.data import Pack
-from lora.model import Llama, packed
+from lora.forward import Eager, upload
+from lora.model import Llama
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,9 @@ class Losses:
 
 def _losses(model: Llama, pack: Pack) -> Tensor:
     """-log p of every token of the pack that has one before it (`pack.scored`), fp32, in nats."""
-    device = model.head.device
-    hidden = model(pack.ids.to(device), pack.positions.to(device), packed(pack.lengths))
-    scored = pack.scored.nonzero().squeeze(1)
-    return kernels.token_losses(hidden[scored.to(device)], model.head, pack.targets[scored].to(device))
+    device, scored = model.head.device, pack.scored.nonzero().squeeze(1)
+    hidden = Eager(model)(pack)[upload(scored, device)]
+    return kernels.token_losses(hidden, model.head, upload(pack.targets[scored], device))
 
 
 @torch.no_grad()

@@ -36,8 +36,9 @@ from lora.config import OptimConfig, RunConfig
 from lora.data import Dataset, Example, Pack, Step, pack_examples
 from lora.evaluate import evaluate
 from lora.files import new_folder
+from lora.forward import Eager, Forward, Graphs, upload
 from lora.log import RunLog, memory
-from lora.model import Llama, packed
+from lora.model import Llama
 from lora.optim import Optimiser, learning_rate
 
 T = TypeVar("T")
@@ -92,13 +93,11 @@ class State:
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def summed_loss(model: Llama, pack: Pack) -> Tensor:
+def summed_loss(forward: Forward, pack: Pack) -> Tensor:
     """Sum of -log p(token) over the pack's supervised tokens, fp32 []; only their rows meet the head."""
-    device = model.head.device
-    rows = pack.supervised.nonzero().squeeze(1)
-    targets = pack.targets[rows].to(device)
-    hidden = model(pack.ids.to(device), pack.positions.to(device), packed(pack.lengths))
-    return kernels.linear_cross_entropy(hidden.index_select(0, rows.to(device)), model.head, targets)
+    head, rows = forward.model.head, pack.supervised.nonzero().squeeze(1)
+    hidden = forward(pack).index_select(0, upload(rows, head.device))
+    return kernels.linear_cross_entropy(hidden, head, upload(pack.targets[rows], head.device))
 
 
 def token_keys(seed: int, step: int, pack: Pack) -> Tensor:
@@ -109,20 +108,24 @@ def token_keys(seed: int, step: int, pack: Pack) -> Tensor:
     return keys
 
 
-def accumulate(model: Llama, adapter: Adapter, packs: Sequence[Pack], keys: Sequence[Tensor], factor: float) -> Tensor:
+def accumulate(
+    forward: Forward, adapter: Adapter, packs: Sequence[Pack], keys: Sequence[Tensor], factor: float
+) -> Tensor:
     """Fills adapter.grad with the gradient of factor x (the sum of all token losses); returns that sum, fp32 []."""
     adapter.grad.zero_()
     total = torch.zeros((), device=adapter.grad.device)
     for pack, pack_keys in zip(packs, keys, strict=True):
-        with adapter.dropping(pack_keys.to(total.device)):
-            part = summed_loss(model, pack)
+        with adapter.dropping(upload(pack_keys, total.device)):
+            part = summed_loss(forward, pack)
             (part * factor).backward()
         total += part.detach()
+        # A graph cannot be captured while the leaves are held by an earlier pass on another stream.
+        del part
     return total
 
 
 def train_step(
-    model: Llama,
+    forward: Forward,
     adapter: Adapter,
     optimiser: Optimiser,
     packs: Sequence[Pack],
@@ -139,13 +142,13 @@ def train_step(
     start = time.perf_counter()
     tokens, supervised = sum(len(pack.ids) for pack in packs), sum(pack.supervised_tokens for pack in packs)
     while True:
-        total = accumulate(model, adapter, packs, keys, loss_scale.factor)
+        total = accumulate(forward, adapter, packs, keys, loss_scale.factor)
         mean = 1 / (supervised * loss_scale.factor)
         loss, norm = total.item() / supervised, adapter.grad.norm().item() * mean
         if math.isfinite(norm) or not loss_scale.halve():
             break
     if not math.isfinite(loss + norm):
-        raise Diverged(f"loss {loss}, gradient norm {norm}, on {', '.join(not_finite(model, packs))}")
+        raise Diverged(f"loss {loss}, gradient norm {norm}, on {', '.join(not_finite(forward.model, packs))}")
     loss_scale.succeeded()
     clip = min(1.0, max_grad_norm / (norm + 1e-6))
     optimiser.step(lr, clip * mean)
@@ -172,7 +175,7 @@ def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
             rows = slice(start, start + length)
             tensors = (pack.indices, pack.ids, pack.positions, pack.targets, pack.scored, pack.supervised)
             alone = Pack((name,), (length,), *(tensor[rows] for tensor in tensors))
-            if not math.isfinite(summed_loss(model, alone).item()):
+            if not math.isfinite(summed_loss(Eager(model), alone).item()):
                 guilty.append(name)
             start += length
     guilty = guilty or [name for pack in packs for name in pack.names]
@@ -180,11 +183,17 @@ def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
 
 
 def in_packs(
-    work: Callable[[list[Pack]], T], indices: Sequence[int], examples: Sequence[Example], state: State, log: RunLog
+    work: Callable[[list[Pack]], T],
+    indices: Sequence[int],
+    examples: Sequence[Example],
+    state: State,
+    log: RunLog,
+    release: Callable[[], None],
 ) -> T:
     """work(these examples in packs). If the GPU's memory runs out: again, and from then on, in packs of half the size.
 
     However examples are packed, the step is the same but for the last bits, so to make it again is all it takes.
+    release: gives back memory that was kept for packs of the old size.
     """
     while True:
         packs = pack_examples(indices, examples, state.micro_batch_tokens)
@@ -194,6 +203,7 @@ def in_packs(
             if all(len(pack.lengths) == 1 for pack in packs):
                 raise
         # Only now are the tensors free that the error's traceback held.
+        release()
         torch.cuda.empty_cache()
         state.micro_batch_tokens = max(len(pack.ids) for pack in packs) // 2
         log.event(state.step, f"memory ran out; from here on {state.micro_batch_tokens} tokens a micro-batch")
@@ -281,12 +291,17 @@ def train(
     save_every = settings.save_every or eval_every
     warmup = round(optim.warmup_ratio * len(steps)) if optim.warmup_steps is None else optim.warmup_steps
     log = RunLog(run, state.step, len(steps))
+    captured = Graphs.possible(model) and not optim.no_graphs
+    forward = Graphs(model, adapter) if captured else Eager(model)
+
+    def packed_up(work: Callable[[list[Pack]], T], indices: Sequence[int], examples: Sequence[Example]) -> T:
+        return in_packs(work, indices, examples, state, log, forward.clear)
 
     def evaluated() -> float:
         held_out = range(len(data.eval))
-        losses = in_packs(partial(evaluate, model), held_out, data.eval, state, log)
+        losses = packed_up(partial(evaluate, model), held_out, data.eval)
         if not math.isfinite(losses.response + losses.full):
-            names = ", ".join(in_packs(partial(not_finite, model), held_out, data.eval, state, log))
+            names = ", ".join(packed_up(partial(not_finite, model), held_out, data.eval))
             message = f"the evaluation after step {state.step} stopped the run: loss {losses.response}, on {names}"
             log.event(state.step, message)
             raise Diverged(message)
@@ -307,11 +322,11 @@ def train(
 
                 def one_step(packs: list[Pack], lr: float = lr) -> dict[str, float]:
                     keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
-                    limit = optim.max_grad_norm
-                    return train_step(model, adapter, optimiser, packs, keys, lr, limit, state.loss_scale)
+                    limit, scale = optim.max_grad_norm, state.loss_scale
+                    return train_step(forward, adapter, optimiser, packs, keys, lr, limit, scale)
 
                 try:
-                    values = in_packs(one_step, step.examples, data.train, state, log)
+                    values = packed_up(one_step, step.examples, data.train)
                 except Diverged as error:
                     message = f"step {state.step + 1} stopped the run: {error}"
                     log.event(state.step, message)

@@ -19,7 +19,8 @@ from lora import loop
 from lora.adapter import Adapter
 from lora.build import build_model
 from lora.config import LoraConfig
-from lora.data import pack_examples
+from lora.data import Example, pack_examples
+from lora.forward import Eager
 from lora.model import Llama
 
 if fused is None:
@@ -35,30 +36,31 @@ def ops(monkeypatch) -> Callable:
 
 
 def test_who_takes_which(monkeypatch):
-    """A CPU the reference, always; a GPU of capability 8.0 the fused ops, where they are asked for."""
+    """A CPU the reference, and a GPU from capability 8.0 on the fused ops."""
 
     class OnGPU(NamedTuple):
         is_cuda: bool = True
         device: str = "cuda"
 
-    for asked, capability, wanted in (("", (9, 0), reference), ("fused", (9, 0), fused), ("fused", (7, 5), reference)):
-        monkeypatch.setenv("LORA_KERNELS", asked)
+    for capability, wanted in (((9, 0), fused), ((8, 0), fused), ((7, 5), reference)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert kernels.implementation(OnGPU()) is wanted
         assert kernels.implementation(torch.zeros(1)) is reference
 
 
-@pytest.mark.parametrize("name", [name for name in fused.__all__ if name != "expand_nf4"])
+@pytest.mark.parametrize("name", [name for name in fused.__all__ if name not in ("expand_nf4", "flash_takes")])
 def test_every_op_is_dispatched(monkeypatch, name):
     calls = SimpleNamespace(**{name: lambda *arguments: arguments})
     monkeypatch.setattr(kernels, "implementation", lambda x: calls)
     assert getattr(kernels, name)(1, 2) == (1, 2)
 
 
-def step(model: Llama, adapter: Adapter) -> tuple[float, dict[tuple[str, str], Tensor]]:
+def step(
+    model: Llama, adapter: Adapter, examples: list[Example] = EXAMPLES
+) -> tuple[float, dict[tuple[str, str], Tensor]]:
     """The loss of a step with dropout, and the gradient of every A and B, fp64 on the CPU."""
-    packs = pack_examples(range(len(EXAMPLES)), EXAMPLES, 80)
-    loss = loop.accumulate(model, adapter, packs, [loop.token_keys(0, 5, pack) for pack in packs], 1.0).item()
+    packs = pack_examples(range(len(examples)), examples, 80)
+    loss = loop.accumulate(Eager(model), adapter, packs, [loop.token_keys(0, 5, pack) for pack in packs], 1.0).item()
     leaves = {(name, side): getattr(update, side) for name, update in adapter.updates.items() for side in "ab"}
     return loss, {name: leaf.grad.double().cpu() for name, leaf in leaves.items()}
 
@@ -89,9 +91,12 @@ def test_step_in_fp32(tmp_path, ops, device, quant, dropout, recompute):
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids="dropout{}".format)
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
 def test_step_in_16_bits(tmp_path, ops, device, dropout, dtype):
-    """Against the step in fp32, no tensor's gradient is further off than 1.1 times the reference's in 16 bits."""
-    folder = tiny_chat_folder(tmp_path)
-    found = {}
+    """Against the step in fp32, no tensor's gradient is further off than 1.1 times the reference's in 16 bits.
+
+    Both errors are sums of rounding errors, so it takes wide layers and many tokens for their ratio not to be chance.
+    """
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64}
+    folder, examples, found = tiny_chat_folder(tmp_path, **wide), random_examples([60] * 40, vocabulary=299), {}
     for name, module, computed in (
         ("exact", reference, torch.float32),
         ("plain", reference, dtype),
@@ -99,7 +104,7 @@ def test_step_in_16_bits(tmp_path, ops, device, dropout, dtype):
     ):
         model = build_model(folder, "nf4", computed, torch.device(device))
         ops(module)
-        found[name] = step(model, wrapped_adapter(model, LoraConfig(rank=8, alpha=16, dropout=dropout)))[1]
+        found[name] = step(model, wrapped_adapter(model, LoraConfig(rank=8, alpha=16, dropout=dropout)), examples)[1]
     for name, wanted in found["exact"].items():
         plain, ours = ((found[kind][name] - wanted).norm().item() for kind in ("plain", "fused"))
         assert ours <= 1.1 * plain, f"the gradient of {name} is off by {ours:.2e}, the reference by {plain:.2e}"

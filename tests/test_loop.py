@@ -26,6 +26,7 @@ from lora.checkpoint import checkpoints, load_adapter, load_state
 from lora.config import LoraConfig, OptimConfig, RunConfig
 from lora.data import Dataset, Example, Overlong, Pack, make_pack, pack_examples, plan
 from lora.evaluate import Losses, evaluate
+from lora.forward import Eager
 from lora.log import read_metrics
 from lora.model import Llama
 from lora.optim import Optimiser, build_optimiser, learning_rate
@@ -56,7 +57,7 @@ def model(folder) -> Llama:
 def summed(model: Llama, adapter: Adapter, packs: list[Pack]) -> tuple[float, dict[tuple[str, str], Tensor]]:
     """The summed loss of step 5 on these packs, and the gradient of every A and B."""
     keys = [loop.token_keys(0, 5, pack) for pack in packs]
-    total = loop.accumulate(model, adapter, packs, keys, 1.0).item()
+    total = loop.accumulate(Eager(model), adapter, packs, keys, 1.0).item()
     return total, {(name, side): getattr(u, side).grad.clone() for name, u in adapter.updates.items() for side in "ab"}
 
 
@@ -163,7 +164,9 @@ class Job:
     def step(self, loss_scale: loop.LossScale, budget: int = 100, max_grad_norm: float = 1.0) -> dict[str, float]:
         packs = pack_examples(range(len(EXAMPLES)), EXAMPLES, budget)
         keys = [loop.token_keys(0, 0, pack) for pack in packs]
-        return loop.train_step(self.model, self.adapter, self.optimiser, packs, keys, 1e-3, max_grad_norm, loss_scale)
+        return loop.train_step(
+            Eager(self.model), self.adapter, self.optimiser, packs, keys, 1e-3, max_grad_norm, loss_scale
+        )
 
     def train(self, run: Path, **settings) -> str:
         """Trains into `run`; settings are those of RunConfig."""
@@ -212,9 +215,9 @@ def test_loss_scale(folder, monkeypatch):
     """A gradient that overflows is made again at half the factor; the factor itself changes nothing."""
     accumulate, factors = loop.accumulate, []
 
-    def overflowing(model, adapter, packs, keys, factor):
+    def overflowing(forward, adapter, packs, keys, factor):
         factors.append(factor)
-        total = accumulate(model, adapter, packs, keys, factor)
+        total = accumulate(forward, adapter, packs, keys, factor)
         adapter.grad[0] = math.inf if factor > 4 else adapter.grad[0]
         return total
 
@@ -241,7 +244,7 @@ def test_loss_scale_grows():
 
 @pytest.mark.parametrize("moving", [True, False])
 def test_overflow_at_every_scale_stops_the_run(folder, monkeypatch, moving):
-    def overflowing(model, adapter, packs, keys, factor):
+    def overflowing(forward, adapter, packs, keys, factor):
         adapter.grad[0] = math.inf
         return torch.ones(())
 
@@ -262,8 +265,8 @@ def test_memory_runs_out(folder, tmp_path, monkeypatch):
     calm, short = Job.new(folder, lora=lora), Job.new(folder, lora=lora)
     summed_loss = loop.summed_loss
 
-    def too_small(model, pack):
-        loss = summed_loss(model, pack)
+    def too_small(forward, pack):
+        loss = summed_loss(forward, pack)
         if len(pack.ids) > 32 and len(pack.lengths) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
@@ -278,7 +281,7 @@ def test_memory_runs_out(folder, tmp_path, monkeypatch):
 
 
 def test_memory_too_small_for_one_example(folder, tmp_path, monkeypatch):
-    def never(model, pack):
+    def never(forward, pack):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loop, "summed_loss", never)

@@ -2,7 +2,7 @@
 PyTorch's
 flash attention."""
 
-from kernels.fused.attention import attention
+from kernels.fused.attention import attention, flash_takes
 from kernels.fused.cross_entropy import linear_cross_entropy, token_losses
 from kernels.fused.lora_linear import projections
 from kernels.fused.nf4 import expand_nf4
@@ -14,6 +14,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "expand_nf4",
+    "flash_takes",
     "linear_cross_entropy",
     "projections",
     "rms_norm",

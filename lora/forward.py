@@ -1,0 +1,185 @@
+"""A pack through the model: op by op, or as CUDA graphs that are captured once and replayed.
+
+Forward and backward of a 1B model are some two thousand launches, and Python needs about 90 ms for them: longer than an
+H200 for 8,192 tokens. A graph holds them all and is one launch, so a small pack runs as fast as a large one.
+
+A graph repeats the same kernels on the same memory. What differs from pack to pack must be data in fixed places:
+
+- ids, positions and dropout keys, in as many places as the graph has tokens (`Size`). A pack is filled up with examples
+  of padding. Nobody learns from them, so their gradients are zeros and nothing changes but the last bits.
+- where each example begins; places that are left over are empty examples.
+
+The loss stays outside, between two graphs: how many tokens are supervised differs, and its matmuls are long anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import kernels
+from lora.adapter import Adapter
+from lora.data import Pack
+from lora.model import Llama, packed
+
+
+class Forward(Protocol):
+    """model: what it runs. Called with a pack of T tokens: hidden states [T or more, hidden], the rest is padding."""
+
+    model: Llama
+
+    def __call__(self, pack: Pack) -> Tensor: ...
+
+    def clear(self) -> None:
+        """Gives back what is kept from pack to pack."""
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a GPU's copy joins the queue and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Eager:
+    """A `Forward` op by op."""
+
+    def __init__(self, model: Llama):
+        self.model = model
+
+    def __call__(self, pack: Pack) -> Tensor:
+        ids, positions = (upload(tensor, self.model.head.device) for tensor in (pack.ids, pack.positions))
+        return self.model(ids, positions, packed(pack.lengths))
+
+    def clear(self) -> None:
+        """Nothing is kept."""
+
+
+class Size(NamedTuple):
+    """What a graph has room for: tokens in all, examples, tokens of one example."""
+
+    tokens: int
+    examples: int
+    longest: int
+
+    @classmethod
+    def of(cls, pack: Pack) -> Size:
+        """A little more than the pack takes, so that few sizes serve all packs: 16 numbers of tokens to an octave."""
+        grain = max(64, _power_of_two(len(pack.ids)) // 32)
+        tokens = -(-len(pack.ids) // grain) * grain
+        longest = _power_of_two(max(pack.lengths))
+        padding = -(-(tokens - len(pack.ids)) // longest)
+        return cls(tokens, _power_of_two(len(pack.lengths) + padding), longest)
+
+    def lengths(self, pack: Pack) -> list[int]:
+        """Of the pack's examples, of padding, and of empty ones: `examples` numbers that add up to `tokens`."""
+        padding = self.tokens - len(pack.ids)
+        whole, rest = divmod(padding, self.longest)
+        lengths = [*pack.lengths, *[self.longest] * whole, rest]
+        return (lengths + [0] * self.examples)[: self.examples]
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass
+class Inputs:
+    """The fixed places, on the GPU."""
+
+    ids: Tensor  # int64 [tokens]
+    positions: Tensor  # int64 [tokens]
+    keys: Tensor  # int32 [tokens]
+    starts: Tensor  # int32 [examples + 1]
+
+    @classmethod
+    def empty(cls, size: Size, device: torch.device) -> Inputs:
+        longs = torch.zeros(2, size.tokens, dtype=torch.int64, device=device)
+        keys = torch.zeros(size.tokens, dtype=torch.int32, device=device)
+        return cls(*longs, keys, torch.zeros(size.examples + 1, dtype=torch.int32, device=device))
+
+    def fill(self, pack: Pack, size: Size, keys: Tensor | None) -> None:
+        device, n = self.ids.device, len(pack.ids)
+        starts = torch.tensor([0, *size.lengths(pack)]).cumsum(0).int()
+        for place, tensor in ((self.ids[:n], pack.ids), (self.positions[:n], pack.positions), (self.starts, starts)):
+            place.copy_(upload(tensor, device), non_blocking=True)
+        # What an earlier pack left behind serves as padding: any ids and positions will do.
+        if keys is not None:
+            self.keys[:n].copy_(keys)
+
+
+@dataclass
+class Captured:
+    """Two graphs and where they meet the rest: `hidden` [tokens, n] after the first, `d_hidden` before the second."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    hidden: Tensor
+    d_hidden: Tensor
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, leaf: Tensor, captured: Captured) -> Tensor:
+        ctx.captured = captured
+        captured.forward.replay()
+        return captured.hidden.detach()
+
+    @staticmethod
+    def backward(ctx, d_hidden: Tensor):
+        ctx.captured.d_hidden.copy_(d_hidden)
+        # The adapter's gradient grows where it stands, inside the graph.
+        ctx.captured.backward.replay()
+        return None, None
+
+
+class Graphs:
+    """A `Forward` by graphs, one pair for each size that comes along. Packs must run one after the other: forward, then
+    backward, since all graphs share one pool of memory."""
+
+    def __init__(self, model: Llama, adapter: Adapter):
+        self.model, self.adapter = model, adapter
+        # Autograd calls a backward pass only where something asks for a gradient.
+        self.leaf = torch.zeros((), device=model.head.device, requires_grad=True)
+        self.warm = False
+        self.clear()
+
+    @staticmethod
+    def possible(model: Llama) -> bool:
+        return kernels.takes_offsets(model.head, model.dtype, model.config.head_dim)
+
+    def clear(self) -> None:
+        """Gives back all graphs and their memory."""
+        self.pool = torch.cuda.graph_pool_handle()
+        self.inputs: dict[Size, Inputs] = {}
+        self.captured: dict[Size, Captured] = {}
+
+    def __call__(self, pack: Pack) -> Tensor:
+        size = Size.of(pack)
+        if size not in self.inputs:
+            self.inputs[size] = Inputs.empty(size, self.leaf.device)
+        inputs = self.inputs[size]
+        inputs.fill(pack, size, self.adapter.token_keys)
+        if self.adapter.token_keys is not None:
+            self.adapter.token_keys = inputs.keys
+        if not self.warm:
+            # The first pack of all runs op by op: libraries load and kernels compile, which no graph could hold.
+            self.warm = True
+            return self._run(inputs, size.longest)
+        if size not in self.captured:
+            self.captured[size] = self._capture(inputs, size.longest)
+        return _Replay.apply(self.leaf, self.captured[size])
+
+    def _run(self, inputs: Inputs, longest: int) -> Tensor:
+        return self.model(inputs.ids, inputs.positions, packed(kernels.Offsets(inputs.starts, longest)))
+
+    def _capture(self, inputs: Inputs, longest: int) -> Captured:
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, self.pool):
+            hidden = self._run(inputs, longest)
+        d_hidden = torch.empty_like(hidden)
+        with torch.cuda.graph(backward, self.pool):
+            hidden.backward(d_hidden)
+        return Captured(forward, backward, hidden.detach(), d_hidden)

@@ -1,0 +1,71 @@
+"""lora/forward.py: graphs give the gradient that the same model gives op by op."""
+
+import pytest
+import torch
+from test_ops import CUDA
+from tiny_chat import random_examples, tiny_chat_folder, wrapped_adapter
+from torch import Tensor
+
+from lora import loop
+from lora.build import build_model
+from lora.config import LoraConfig
+from lora.data import Pack, make_pack
+from lora.forward import Eager, Forward, Graphs, Size
+
+LENGTHS = (7, 20, 3, 20, 70, 1, 33)
+EXAMPLES = random_examples(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [
+        ((64,), Size(64, 1, 64)),
+        ((65,), Size(128, 2, 128)),
+        ((3,), Size(64, 32, 4)),
+        ((100, 30), Size(192, 4, 128)),
+        ((2048, 2048), Size(4096, 2, 2048)),
+        ((300,) * 14, Size(4352, 16, 512)),
+    ],
+)
+def test_sizes(lengths, size):
+    examples = random_examples(lengths)
+    pack = make_pack(range(len(examples)), examples)
+    assert Size.of(pack) == size
+    places = size.lengths(pack)
+    assert len(places) == size.examples
+    assert tuple(places[: len(lengths)]) == lengths
+    assert sum(places) == size.tokens
+    assert max(places) <= size.longest
+
+
+def gradient(forward: Forward, adapter, packs: list[Pack], step: int) -> Tensor:
+    keys = [loop.token_keys(0, step, pack) for pack in packs]
+    loop.accumulate(forward, adapter, packs, keys, 1.0)
+    return adapter.grad.clone()
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_graphs(tmp_path, device, recompute):
+    """Packs of one size and of another, alone and together, with dropout: a new step draws anew, a step made again
+    draws the same. The first pack runs op by op, the next ones are captured, the ones after are replayed."""
+    model = build_model(tiny_chat_folder(tmp_path, head_dim=16), "nf4", torch.bfloat16, torch.device(device))
+    model.recompute = recompute
+    adapter = wrapped_adapter(model, LoraConfig(rank=8, alpha=16, dropout=0.3))
+    assert Graphs.possible(model)
+    graphs, eager = Graphs(model, adapter), Eager(model)
+    all_packs = [make_pack(indices, EXAMPLES) for indices in ([0, 1, 2, 3], [4, 5, 6], [6, 5, 2], [4, 6, 5])]
+    seen = {}
+    for step in (1, 1, 2, 1):
+        for some in ([0], [1], [2], [0, 1, 2, 3], [3, 0]):
+            packs = [all_packs[i] for i in some]
+            wanted, found = (gradient(forward, adapter, packs, step) for forward in (eager, graphs))
+            error = ((found - wanted).norm() / wanted.norm()).item()
+            assert error < 0.01, f"packs {some} of step {step} are off by {error:.1e}"
+            for other, before in seen.items():
+                assert torch.equal(found, before) == (other == (tuple(some), step)), f"{some}, {step} against {other}"
+            seen[tuple(some), step] = found
+    assert len(graphs.captured) == len({Size.of(pack) for pack in all_packs})
+    graphs.clear()
+    again = gradient(graphs, adapter, [all_packs[0]], 1)
+    assert torch.equal(again, seen[(0,), 1])
