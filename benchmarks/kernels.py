@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.throughput import SHAPES, VOCABULARY, Shape
 from kernels import fused, reference
+from kernels.fused.rms_norm import normalise, normalise_backward
+from kernels.fused.swiglu import swiglu, swiglu_backward
 from kernels.reference import LowRank
 from lora.quant import NF4Linear
 
@@ -103,26 +105,25 @@ def elementwise(shape: Shape, tokens: int, device: torch.device) -> Iterator[Row
         return torch.randn(size, device=device, dtype=dtype_on(device))
 
     n, mlp, heads, kv, d = shape.hidden, shape.mlp, shape.heads, shape.kv_heads, shape.head_dim
-    x, delta, weight = draw(tokens, n), draw(tokens, n), draw(n)
-    size = x.itemsize
+    x, dy, dt, y, weight = draw(tokens, n), draw(tokens, n), draw(tokens, n), draw(tokens, n), draw(n)
+    gate, up, wide = (draw(tokens, mlp) for _ in range(3))
     angles = torch.randn(tokens, d // 2, device=device)
-    cases = {
-        "RMSNorm": (lambda ops: lambda x: ops.rms_norm(x, weight, 1e-5), (x,), 2, 3),
-        "RMSNorm + residual": (lambda ops: lambda x, d: ops.add_rms_norm(x, d, weight, 1e-5), (x, delta), 4, 4),
-        "SwiGLU": (lambda ops: ops.swiglu, (draw(tokens, mlp), draw(tokens, mlp)), 3, 5),
-    }
-    for name, (make, inputs, forward, backward) in cases.items():
-        ours, theirs = passes_of(make(fused), *inputs), passes_of(make(reference), *inputs)
-        for i, passes in enumerate((forward, backward)):
-            moved = passes * inputs[0].numel() * size
-            yield Row(f"{name}, {('forward', 'backward')[i]}", ours[i], copying(moved), {"reference": theirs[i]})
-    inputs = draw(tokens, heads, d), draw(tokens, kv, d)
-    moved = 2 * size * sum(x.numel() for x in inputs) + 2 * angles.nbytes
-    ours, theirs = (
-        passes_of(lambda q, k, ops=ops: ops.rope(q, k, angles, angles), *inputs) for ops in (fused, reference)
+    q, k = draw(tokens, heads, d), draw(tokens, kv, d)
+    norm = passes_of(lambda x: reference.rms_norm(x, weight, 1e-5), x)
+    gated = passes_of(reference.SwiGLU.apply, gate, up)
+    ours, turned = (passes_of(lambda q, k, ops=ops: ops.rope(q, k, angles, angles), q, k) for ops in (fused, reference))
+    turn = 2 * (q.nbytes + k.nbytes + angles.nbytes)
+    # Backward as a linear's input has it: with the stream's gradient, and the output made again.
+    work = (
+        ("RMSNorm, forward", lambda: normalise(x, weight, 1e-5, y), 2 * x.nbytes, norm[0]),
+        ("RMSNorm, backward", lambda: normalise_backward(x, weight, 1e-5, dy, dt, True), 5 * x.nbytes, norm[1]),
+        ("SwiGLU, forward", lambda: swiglu(gate, up), 3 * gate.nbytes, gated[0]),
+        ("SwiGLU, backward", lambda: swiglu_backward(gate, up, wide, True), 6 * gate.nbytes, gated[1]),
+        ("RoPE, forward", ours[0], turn, turned[0]),
+        ("RoPE, backward", ours[1], turn, turned[1]),
     )
-    for i, direction in enumerate(("forward", "backward")):
-        yield Row(f"RoPE, {direction}", ours[i], copying(moved), {"reference": theirs[i]})
+    for name, mine, moved, theirs in work:
+        yield Row(name, mine, copying(moved), {"reference": theirs})
 
 
 def nf4(shape: Shape, device: torch.device) -> Iterator[Row]:

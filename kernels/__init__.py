@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.reference import NF4, LowRank, Offsets, mix_keys
+from kernels.reference import NF4, Gated, LowRank, Normed, Offsets, Source, mix_keys
 
 
 def implementation(x: Tensor) -> ModuleType:
@@ -34,26 +34,27 @@ def _op(name: str) -> Callable:
     """The op of that name; its first argument decides which one."""
 
     @wraps(getattr(reference, name))
-    def op(x: Tensor, *rest, **named):
-        return getattr(implementation(x), name)(x, *rest, **named)
+    def op(first: Source, *rest, **named):
+        x = first[0] if isinstance(first, tuple) else first  # of a source, its first tensor
+        return getattr(implementation(x), name)(first, *rest, **named)
 
     return op
 
 
-add_rms_norm = _op("add_rms_norm")
 attention = _op("attention")
 linear_cross_entropy = _op("linear_cross_entropy")
 projections = _op("projections")
 rms_norm = _op("rms_norm")
 rope = _op("rope")
-swiglu = _op("swiglu")
 token_losses = _op("token_losses")
 
 __all__ = [
     "NF4",
+    "Gated",
     "LowRank",
+    "Normed",
     "Offsets",
-    "add_rms_norm",
+    "Source",
     "attention",
     "implementation",
     "linear_cross_entropy",
@@ -61,7 +62,6 @@ __all__ = [
     "projections",
     "rms_norm",
     "rope",
-    "swiglu",
     "takes_offsets",
     "token_losses",
 ]

@@ -21,54 +21,34 @@ from torch import Tensor
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = w * x^ with x^ = x * rho and rho = 1 / sqrt(mean(x^2) + eps), over the last dimension.
+    """y = w * x^ with x^ = x * rho and rho = 1 / sqrt(mean(x^2) + eps), over the last dimension; x passes through.
 
-    With g = w * dy:  dx = rho * (g - x^ * mean(g * x^)) = rho * (g - x * rho^2 mean(g * x)), since
+    x is the residual stream, so its gradient is dt, which comes back along the stream, and what y's gradient adds. With
+    g = w * dy:  dx = dt + rho * (g - x^ * mean(g * x^)) = dt + rho * (g - x * rho^2 mean(g * x)), since
     d rho / dx_j = -rho^3 x_j / n.
     Saved: x and rho (one number a row). w is frozen.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         rho = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, rho)
-        return (x * rho).mul_(weight).to(x.dtype)
+        return x, (x * rho).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        return _rms_norm_backward(*ctx.saved_tensors, dy).to(dy.dtype), None, None
-
-
-def _rms_norm_backward(x: Tensor, weight: Tensor, rho: Tensor, dy: Tensor) -> Tensor:
-    """dx, fp32"""
-    wide, g = x.float(), dy.float() * weight
-    inner = torch.linalg.vecdot(g, wide).unsqueeze(-1) * rho.square() / x.shape[-1]
-    return g.addcmul_(wide, inner, value=-1).mul_(rho)
+    def backward(ctx, dt: Tensor | None, dy: Tensor):
+        x, weight, rho = ctx.saved_tensors
+        wide, g = x.float(), dy.float() * weight
+        inner = torch.linalg.vecdot(g, wide).unsqueeze(-1) * rho.square() / x.shape[-1]
+        dx = g.addcmul_(wide, inner, value=-1).mul_(rho)
+        return (dx if dt is None else dx.add_(dt)).to(dy.dtype), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation (Zhang and Sennrich 2019). x [T, n], weight [n] (frozen) -> [T, n]."""
-    return RMSNorm.apply(x, weight, eps)
-
-
-class AddRMSNorm(torch.autograd.Function):
-    """t = x + d, y = RMSNorm(t). Both inputs have the gradient dt + (what RMSNorm gives back for dy)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, d: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        t = x + d
-        return t, RMSNorm.forward(ctx, t, weight, eps)
-
-    @staticmethod
-    def backward(ctx, dt: Tensor, dy: Tensor):
-        dx = _rms_norm_backward(*ctx.saved_tensors, dy).add_(dt).to(dt.dtype)
-        return dx, dx, None, None
-
-
-def add_rms_norm(x: Tensor, d: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A step of the residual stream and its norm: x + d and rms_norm(x + d). x, d [T, n] -> two of [T, n]."""
-    return AddRMSNorm.apply(x, d, weight, eps)
+    return RMSNorm.apply(x, weight, eps)[1]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,7 +81,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 class SwiGLU(torch.autograd.Function):
-    """y = silu(g) * u with silu(g) = g * sigma(g).
+    """The gated activation of Llama's MLP (Shazeer 2020): y = silu(g) * u with silu(g) = g * sigma(g).
 
     dg = dy * u * sigma (1 + g (1 - sigma)),  du = dy * silu(g). Saved: g and u; sigma is made again.
     """
@@ -118,11 +98,6 @@ class SwiGLU(torch.autograd.Function):
         d_gate = dy * up
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return d_gate, d_up
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The gated activation of Llama's MLP (Shazeer 2020). gate, up [T, n] -> [T, n]."""
-    return SwiGLU.apply(gate, up)
 
 
 # A tile of queries meets only the keys up to its last row, so a causal mask saves work and not only hides it, and a
@@ -360,6 +335,24 @@ class LowRank(NamedTuple):
     b_shadow: Tensor  # compute dtype [out, r]
 
 
+class Normed(NamedTuple):
+    """rms_norm(x) as the input of linears. Who reads it can keep the stream x, which is kept anyway, in its place."""
+
+    x: Tensor  # [T, n], the residual stream
+    weight: Tensor  # [n], frozen
+    eps: float
+
+
+class Gated(NamedTuple):
+    """silu(gate) * up as the input of a linear, made again where it is needed again."""
+
+    gate: Tensor  # [T, n]
+    up: Tensor  # [T, n]
+
+
+Source = Tensor | Normed | Gated
+
+
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b to be added to an fp32 gradient: handed over in fp32 where the hardware can."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -390,10 +383,15 @@ class Projections(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, frozen, updates, scale: float, p: float, keys: Tensor | None, *leaves: Tensor):
+    def forward(
+        ctx, x: Tensor, residual: Tensor | None, frozen, updates, scale: float, p: float, keys: Tensor | None, *leaves
+    ):
         held = [update for update in updates if update is not None]
         ctx.frozen, ctx.updates, ctx.scale, ctx.p = frozen, updates, scale, p
-        ys = [x @ linear.dense(x.dtype).t() for linear in frozen]
+        if residual is None:
+            ys = [x @ linear.dense(x.dtype).t() for linear in frozen]
+        else:
+            ys = [torch.addmm(residual, x, frozen[0].dense(x.dtype).t())]
         u = None
         if held:
             a, x = torch.cat([update.a_shadow for update in held]), _dropout(x, keys, p)
@@ -426,7 +424,7 @@ class Projections(torch.autograd.Function):
                 weight = linear.dense(dy.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         # The gradients of the leaves are where they belong already.
-        return dx, *[None] * (5 + 2 * len(held))
+        return dx, dys[0] if ctx.needs_input_grad[1] else None, *[None] * (5 + 2 * len(held))
 
 
 def _dropout(x: Tensor, keys: Tensor | None, p: float) -> Tensor:
@@ -435,20 +433,28 @@ def _dropout(x: Tensor, keys: Tensor | None, p: float) -> Tensor:
 
 
 def projections(
-    x: Tensor,
+    source: Source,
     frozen: Sequence[FrozenLinear],
     updates: Sequence[LowRank | None],
     scale: float = 1.0,
     p: float = 0.0,
     keys: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
     """The LoRA linear (Hu et al. 2021, eq. 3) for several linears that read the same input.
 
-    x [T, in]; frozen weights [out_i, in]; updates of rank r, None where a linear has none; scale s = alpha / r;
-    dropout p on the low-rank input alone, its mask drawn from keys int32 [T] -> a list of [T, out_i].
+    source [T, in]; frozen weights [out_i, in]; updates of rank r, None where a linear has none; scale s = alpha / r;
+    dropout p on the low-rank input alone, its mask drawn from keys int32 [T] -> a list of [T, out_i]. If the source is
+    `Normed`, its stream stands before them in the list: who goes on with that one lets both gradients of the stream be
+    added where they are made. residual [T, out] is added to the output, if there is just one linear.
     """
     leaves = [leaf for update in updates if update is not None for leaf in (update.a, update.b)]
-    return list(Projections.apply(x, frozen, updates, scale, p, keys, *leaves))
+    stream = []
+    if isinstance(source, Normed):
+        *stream, source = RMSNorm.apply(*source)
+    elif isinstance(source, Gated):
+        source = SwiGLU.apply(*source)
+    return [*stream, *Projections.apply(source, residual, frozen, updates, scale, p, keys, *leaves)]
 
 
 # Rows of logits held at a time: enough for a good matmul, which reads the whole head for them.

@@ -53,7 +53,7 @@ class Adapter:
     def __init__(self, model: Llama, config: LoraConfig, seed: int):
         """Draws A uniformly from +-1/sqrt(in), as PEFT does, and sets B to zero; on the model's device."""
         self.config, self.scale = config, config.scale
-        self.targets = targets_of(model, config.target_modules)
+        self.targets, self.layers = targets_of(model, config.target_modules), len(model.model.layers)
         device = model.head.device
         shapes = {}
         for side in ("A", "B"):
@@ -70,7 +70,7 @@ class Adapter:
         self.shadow = self.flat if model.dtype == torch.float32 else self.flat.to(model.dtype)
         self.updates = {name: self._update(name) for name in self.targets}
         self._by_linear = {id(linear): name for name, linear in self.targets.items()}
-        self.token_keys: Tensor | None = None
+        self.keys: Tensor | None = None
         generator = torch.Generator().manual_seed(seed)
         for update in self.updates.values():
             bound = update.a.shape[1] ** -0.5
@@ -113,17 +113,17 @@ class Adapter:
             mine.copy_(tensors[name])
         self.refresh()
 
-    def project(self, x: Tensor, *linears: nn.Module) -> list[Tensor]:
-        """`model.project` with the updates of these linears added. x [T, in] -> a list of [T, out_i]."""
+    def project(self, source: kernels.Source, *linears: nn.Module, residual: Tensor | None = None) -> list[Tensor]:
+        """`model.project` with the updates of these linears added. source [T, in] -> a list of [T, out_i]."""
         names = [self._by_linear.get(id(linear)) for linear in linears]
         updates = [self.updates[name] if name else None for name in names]
         first = next(filter(None, names), None)
         keys = None
-        if self.token_keys is not None and first is not None:
+        if self.keys is not None and first is not None:
             _, _, layer, _, linear = first.split(".")
-            keys = kernels.mix_keys(self.token_keys, 4 * int(layer) + _INPUT[linear])
+            keys = self.keys[4 * int(layer) + _INPUT[linear]]
         p = 0.0 if keys is None else self.config.dropout
-        return kernels.projections(x, linears, updates, self.scale, p, keys)
+        return kernels.projections(source, linears, updates, self.scale, p, keys, residual)
 
     def wrap(self, model: Llama) -> None:
         """From now on the model computes with the update."""
@@ -146,12 +146,17 @@ class Adapter:
 
     @contextmanager
     def dropping(self, token_keys: Tensor) -> Iterator[None]:
-        """Dropout is on inside the `with` block (it must hold the backward pass too); token_keys int32 [T]."""
-        self.token_keys = token_keys if self.config.dropout else None
+        """Dropout is on inside the `with` block (it must hold the backward pass too); token_keys int32 [T].
+
+        Every input of every block has its keys, a row of `keys` int32 [4 * layers, T].
+        """
+        if self.config.dropout:
+            inputs = torch.arange(4 * self.layers, dtype=torch.int32, device=token_keys.device)
+            self.keys = kernels.mix_keys(token_keys, inputs[:, None])
         try:
             yield
         finally:
-            self.token_keys = None
+            self.keys = None
 
     @torch.no_grad()
     def fold(self, model: Llama) -> None:

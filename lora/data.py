@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -71,6 +71,11 @@ class Example:
     @property
     def supervised(self) -> int:
         return sum(self.mask[1:])
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """ids int64 [T] and mask bool [T]."""
+        return torch.tensor(self.ids), torch.tensor(self.mask)
 
 
 def _hash(text: str) -> bytes:
@@ -412,8 +417,7 @@ def make_pack(indices: list[int], examples: Sequence[Example]) -> Pack:
     chosen = [examples[index] for index in indices]
     lengths = [len(example.ids) for example in chosen]
     ends = torch.tensor(lengths).cumsum(0) - 1
-    ids = torch.tensor([token for example in chosen for token in example.ids])
-    mask = torch.tensor([learnt for example in chosen for learnt in example.mask])
+    ids, mask = (torch.cat(parts) for parts in zip(*(example.tensors for example in chosen), strict=True))
     scored = torch.ones(len(ids), dtype=torch.bool)
     scored[ends] = False
     return Pack(

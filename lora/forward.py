@@ -91,14 +91,15 @@ class Inputs:
 
     ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    keys: Tensor  # int32 [tokens]
+    keys: Tensor | None  # int32 [4 * layers, tokens], if there is dropout
     starts: Tensor  # int32 [examples + 1]
 
     @classmethod
-    def empty(cls, size: Size, device: torch.device) -> Inputs:
+    def empty(cls, size: Size, keys: Tensor | None, device: torch.device) -> Inputs:
+        """All zeros; keys: of a pack."""
         longs = torch.zeros(2, size.tokens, dtype=torch.int64, device=device)
-        keys = torch.zeros(size.tokens, dtype=torch.int32, device=device)
-        return cls(*longs, keys, torch.zeros(size.examples + 1, dtype=torch.int32, device=device))
+        starts = torch.zeros(size.examples + 1, dtype=torch.int32, device=device)
+        return cls(*longs, None if keys is None else keys.new_zeros(len(keys), size.tokens), starts)
 
     def fill(self, pack: Pack, size: Size, keys: Tensor | None) -> None:
         device, n = self.ids.device, len(pack.ids)
@@ -107,7 +108,7 @@ class Inputs:
             place.copy_(upload(tensor, device), non_blocking=True)
         # What an earlier pack left behind serves as padding: any ids and positions will do.
         if keys is not None:
-            self.keys[:n].copy_(keys)
+            self.keys[:, :n].copy_(keys)
 
 
 @dataclass
@@ -157,13 +158,12 @@ class Graphs:
         self.captured: dict[Size, Captured] = {}
 
     def __call__(self, pack: Pack) -> Tensor:
-        size = Size.of(pack)
+        size, keys = Size.of(pack), self.adapter.keys
         if size not in self.inputs:
-            self.inputs[size] = Inputs.empty(size, self.leaf.device)
+            self.inputs[size] = Inputs.empty(size, keys, self.leaf.device)
         inputs = self.inputs[size]
-        inputs.fill(pack, size, self.adapter.token_keys)
-        if self.adapter.token_keys is not None:
-            self.adapter.token_keys = inputs.keys
+        inputs.fill(pack, size, keys)
+        self.adapter.keys = inputs.keys
         if not self.warm:
             # The first pack of all runs op by op: libraries load and kernels compile, which no graph could hold.
             self.warm = True

@@ -9,8 +9,9 @@ Three things come from outside, so that this file stays a leaf:
 
 - `attend(layer, q, k, v)` is what attention means here: examples packed in one row (`packed`), or a cache of earlier
   keys and values (generate.py).
-- `project(x, *linears)` calls the projections that read the same input: q/k/v, gate/up, and o and down alone. Plain by
-  default; an adapter puts its own in place (adapter.py), and no module is renamed or wrapped.
+- `project(source, *linears)` calls the projections that read the same input: q/k/v, gate/up, and o and down alone.
+  Plain by default; an adapter puts its own in place (adapter.py), and no module is renamed or wrapped. What they read
+  goes in unmade, as `Normed` or `Gated`, so that it need not be kept; and the residual is added on the way out.
 - what a linear is: `Linear` here, or another frozen weight with the same members (quant.py).
 
 Tokens come as one row, ids [T] and positions [T]. The model ends in normalised hidden states [T, hidden]: whoever needs
@@ -81,9 +82,9 @@ def packed(lengths: Sequence[int] | kernels.Offsets) -> Attend:
     return lambda layer, q, k, v: kernels.attention(q, k, v, lengths)
 
 
-def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Several linears on one input, x [T, in] -> a list of [T, out_i]."""
-    return [linear(x) for linear in linears]
+def project(source: kernels.Source, *linears: nn.Module, residual: Tensor | None = None) -> list[Tensor]:
+    """Several linears on one input, see kernels.projections: source [T, in] -> a list of [T, out_i]."""
+    return kernels.projections(source, linears, [None] * len(linears), residual=residual)
 
 
 class Linear(nn.Module):
@@ -104,9 +105,6 @@ class Linear(nn.Module):
         """The weight [out, in] in `dtype`."""
         return self.weight.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.projections(x, [self], [None])[0]
-
 
 class RMSNorm(nn.Module):
     """x [T, n] -> [T, n]; see kernels.rms_norm."""
@@ -119,9 +117,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
 
-    def after_adding(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """x + d, and that normalised; two of [T, n]."""
-        return kernels.add_rms_norm(x, d, self.weight, self.eps)
+    def source(self, x: Tensor) -> kernels.Normed:
+        """The same, as what linears read."""
+        return kernels.Normed(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -136,16 +134,17 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_heads * self.head_dim, n)
         self.project = project
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x [T, hidden], cos and sin fp32 [T, head_dim / 2] -> [T, hidden]."""
-        qkv = self.project(x, self.q_proj, self.k_proj, self.v_proj)
+    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [T, hidden], cos and sin fp32 [T, head_dim / 2] -> [T, hidden]: x and what attention adds to it."""
+        x, *qkv = self.project(norm.source(x), self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in qkv)
         q, k = kernels.rope(q, k, cos, sin)
-        return self.project(attend(self.layer, q, k, v).flatten(1), self.o_proj)[0]
+        (x,) = self.project(attend(self.layer, q, k, v).flatten(1), self.o_proj, residual=x)
+        return x
 
 
 class MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), x [T, hidden] -> [T, hidden]."""
+    """x + W_down (silu(W_gate h) * W_up h) with h = norm(x), x [T, hidden] -> [T, hidden]."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -154,9 +153,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
         self.project = project
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.project(x, self.gate_proj, self.up_proj)
-        return self.project(kernels.swiglu(gate, up), self.down_proj)[0]
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        x, gate, up = self.project(norm.source(x), self.gate_proj, self.up_proj)
+        (x,) = self.project(kernels.Gated(gate, up), self.down_proj, residual=x)
+        return x
 
 
 def recomputed(module: nn.Module, *inputs: object) -> Tensor:
@@ -175,9 +175,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute_mlp: bool = False) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        x, h = self.post_attention_layernorm.after_adding(x, attended)
-        return x + (recomputed(self.mlp, h) if recompute_mlp else self.mlp(h))
+        x = self.self_attn(x, self.input_layernorm, cos, sin, attend)
+        norm = self.post_attention_layernorm
+        return recomputed(self.mlp, x, norm) if recompute_mlp else self.mlp(x, norm)
 
 
 class Embedding(nn.Module):

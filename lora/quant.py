@@ -83,9 +83,6 @@ class NF4Linear(nn.Module):
         self.state.dtype = dtype
         return bnb().dequantize_4bit(self.codes, self.state).view(self.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.projections(x, [self], [None])[0]
-
 
 def nf4_of(parts: dict[str, Tensor]) -> str | None:
     """Why these tensors of one linear are not NF4 (a few words), or None if they are."""

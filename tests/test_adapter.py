@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import CONFIG, assert_close, load, logits, random_ids, run, tiny_folder, tiny_weights
 
+import kernels
 from lora.adapter import ALIGNMENT, Adapter, round_unbiased
 from lora.config import LINEARS, LoraConfig
 from lora.model import Llama
@@ -241,10 +242,21 @@ def test_gradients(model, config):
     adapter.unwrap(model)
     adapter.grad.copy_(got)
     leaves = {key: tensor.clone().requires_grad_() for key, tensor in adapter.tensors().items()}
+    weights = {}
     for name, linear in adapter.targets.items():
         a, b = (leaves[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-        weight = linear.weight + config.scale * b @ a
-        linear.forward = lambda x, weight=weight: x @ weight.t()
+        weights[linear] = linear.weight + config.scale * b @ a
+
+    def project(source, *linears, residual=0):
+        stream, x = [], source
+        if isinstance(source, kernels.Normed):
+            stream, x = [source.x], kernels.rms_norm(*source)
+        elif isinstance(source, kernels.Gated):
+            x = torch.nn.functional.silu(source.gate) * source.up
+        return [*stream, *(residual + x @ weights.get(linear, linear.weight).t() for linear in linears)]
+
+    for block in model.model.layers:
+        block.self_attn.project = block.mlp.project = project
     loss().backward()
     for name, update in adapter.updates.items():
         for side, leaf in (("A", update.a), ("B", update.b)):
@@ -269,15 +281,23 @@ def test_dropout_is_on_only_where_it_is_asked_for(model):
 
 def test_dropout_inputs(model, monkeypatch):
     """q/k/v share a mask and so do gate and up; every layer and every other input has its own."""
-    seen = []
-    monkeypatch.setattr("kernels.mix_keys", lambda keys, value: seen.append(value) or keys)
+    seen, projections = [], kernels.projections
+
+    def spy(x, frozen, updates, scale, p, keys, *rest):
+        seen.append(keys)
+        return projections(x, frozen, updates, scale, p, keys, *rest)
+
+    monkeypatch.setattr(kernels, "projections", spy)
     adapter = adapter_of(
         model, LoraConfig(rank=4, dropout=0.5, target_modules=("k_proj", "o_proj", "up_proj", "down_proj"))
     )
     adapter.wrap(model)
-    with adapter.dropping(torch.arange(len(IDS), dtype=torch.int32)):
+    tokens = torch.arange(len(IDS), dtype=torch.int32)
+    with adapter.dropping(tokens):
         logits(model, IDS, LENGTHS)
-    assert seen == list(range(4 * CONFIG["num_hidden_layers"]))
+    assert len(seen) == 4 * CONFIG["num_hidden_layers"]
+    for number, keys in enumerate(seen):
+        assert torch.equal(keys, kernels.mix_keys(tokens, number))
 
 
 def test_dropout_follows_the_example(model):

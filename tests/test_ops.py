@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import reference
-from kernels.reference import LowRank
+from kernels.reference import Gated, LowRank, Normed
 from lora.model import Linear
 from lora.quant import NF4Linear
 
@@ -117,12 +117,6 @@ def test_rms_norm(case, draw, shape):
 
     compare(lambda x: case.ops.rms_norm(x, weight, 1e-2), plain, case.tolerance, x=draw(*shape))
 
-    def plain_sum(x, d):
-        return x + d, plain(x + d)
-
-    inputs = {"x": draw(*shape), "d": draw(*shape)}
-    compare(lambda x, d: case.ops.add_rms_norm(x, d, weight, 1e-2), plain_sum, case.tolerance, **inputs)
-
 
 def test_rope(case, draw):
     t, d = 5, 14
@@ -137,11 +131,6 @@ def test_rope(case, draw):
 
     inputs = {"q": draw(t, 6, d), "k": draw(t, 2, d)}
     compare(lambda q, k: case.ops.rope(q, k, cos, sin), lambda q, k: (turn(q), turn(k)), case.tolerance, **inputs)
-
-
-def test_swiglu(case, draw):
-    inputs = {name: 4 * draw(5, 123) for name in ("gate", "up")}
-    compare(case.ops.swiglu, lambda gate, up: gate / (1 + torch.exp(-gate)) * up, case.tolerance, **inputs)
 
 
 # --- attention ---
@@ -297,6 +286,49 @@ def test_projections(case, draw, width, held, tokens, p, kind):
     compare(op, plain, case.tolerance, x=draw(tokens, n_in), **low_ranks(draw, n_in, outs, held))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3], ids="dropout{}".format)
+@pytest.mark.parametrize("kind", ["normed", "gated"])
+@pytest.mark.parametrize(
+    ("width", "held"),
+    [
+        ("narrow", (True, True, True)),
+        ("narrow", (False, False, False)),
+        ("wide", (True, True, True)),
+        ("wider", (False, True, True)),
+        ("down", (True,)),
+        ("up", (True,)),
+        ("up", (False,)),
+    ],
+    ids=str,
+)
+def test_projections_of_what_is_made_on_the_way(case, draw, width, held, kind, p):
+    """A norm, whose stream goes on beside its outputs, or a gate before the linears; and the residual after one."""
+    n_in, outs = WIDTHS[width]
+    tokens, frozen, weight = 20, frozen_linears(draw, n_in, outs, "nf4"), draw(n_in)
+    keys = reference.mix_keys(torch.arange(tokens, dtype=torch.int32, device=case.device), 3)
+    kept = reference.dropout_mask(keys, n_in, p).double() / (1 - p)
+    inputs = {name: draw(tokens, n_in) for name in (("x",) if kind == "normed" else ("x", "up"))}
+    if len(outs) == 1:
+        inputs["residual"] = draw(tokens, *outs)
+
+    def op(x, up=None, residual=None, **leaves):
+        source = Normed(x, weight, 1e-2) if kind == "normed" else Gated(x, up)
+        return case.ops.projections(source, frozen, updates_of(leaves, len(outs), case.dtype), SCALE, p, keys, residual)
+
+    def plain(x, up=None, residual=0, **leaves):
+        if kind == "normed":
+            read = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * weight.double()
+        else:
+            read = x / (1 + torch.exp(-x)) * up
+        ys = [residual + read @ linear.dense(case.dtype).double().t() for linear in frozen]
+        for i in range(len(outs)):
+            if held[i]:
+                ys[i] = ys[i] + SCALE * (read * kept) @ leaves[f"a{i}"].t() @ leaves[f"b{i}"].t()
+        return [x, *ys] if kind == "normed" else ys
+
+    compare(op, plain, case.tolerance, **inputs, **low_ranks(draw, n_in, outs, held))
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_projections_add_to_the_gradient(case, draw, width):
     """A second backward pass adds to what the first one left, bit for bit."""
@@ -389,7 +421,7 @@ def test_loss_of_huge_logits(case, draw):
 
 @pytest.mark.skipif(fused is None, reason="Triton is for Linux")
 def test_kernels_compile():
-    """For compute capability 7.5, 8.0 and 9.0, without spilling a register; no GPU is needed for that."""
+    """For compute capability 8.0 and 9.0, without spilling a register; no GPU is needed for that."""
     program = Path(__file__).parent / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
@@ -406,4 +438,4 @@ def test_kernels_compile():
         "lora_linear._add_masked",
     ):
         compiled = re.findall(rf"{re.escape(kernel)} +sm_(\d+)", done.stdout)
-        assert {*compiled} == {"75", "80", "90"} and len(compiled) >= 8, f"{kernel}: {compiled}"
+        assert {*compiled} == {"80", "90"} and len(compiled) >= 6, f"{kernel}: {compiled}"

@@ -67,7 +67,7 @@ def test_only_codes_are_kept(device):
         return sum(tensor.nbytes for tensor in tensors)
 
     before = kept()
-    linear(torch.randn(3, 1024, device=device))
+    linear.dense(torch.bfloat16)
     assert kept() == before
     assert before < 4.2 / 8 * 512 * 1024 + 2048
 
@@ -105,15 +105,6 @@ def test_what_is_not_nf4():
     codes, state = bnb.quantize_4bit(random_weight((64, 64)), quant_type="fp4", compress_statistics=True)
     assert nf4_of(parts_of(state, codes)) == "quantised as ['fp4'], not nf4"
     assert nf4_of({"weight": codes, "weight.SCB": codes}) == "quantised as something unknown, not nf4"
-
-
-@dtypes
-def test_forward(device, dtype):
-    linear = NF4Linear.quantise(random_weight((40, 122), dtype).to(device))
-    x = random_weight((5, 122), dtype).to(device)
-    assert_close(
-        "y", linear(x), x.double() @ linear.dense(dtype).double().t(), 1e-5 if dtype == torch.float32 else 1e-2
-    )
 
 
 def test_quantised_model(tmp_path):

@@ -6,12 +6,10 @@ from kernels.fused.attention import attention, flash_takes
 from kernels.fused.cross_entropy import linear_cross_entropy, token_losses
 from kernels.fused.lora_linear import projections
 from kernels.fused.nf4 import expand_nf4
-from kernels.fused.rms_norm import add_rms_norm, rms_norm
+from kernels.fused.rms_norm import rms_norm
 from kernels.fused.rope import rope
-from kernels.fused.swiglu import swiglu
 
 __all__ = [
-    "add_rms_norm",
     "attention",
     "expand_nf4",
     "flash_takes",
@@ -19,6 +17,5 @@ __all__ = [
     "projections",
     "rms_norm",
     "rope",
-    "swiglu",
     "token_losses",
 ]

@@ -17,10 +17,14 @@ expanded anyway and may as well be expanded beside B (a W in 16 bits is copied).
     elsewhere                GEMMs that add to what is there (beta = 1): what they read again is narrow
 
 Two linears that ride along share one copy of x: with [u_0 | x | u_1], the first reads the left columns and [B_0 | W_0],
-the second the right ones and [W_1 | B_1]. That copy is saved for dA in the place of x, so it takes no memory.
+the second the right ones and [W_1 | B_1]. A norm before them writes x there itself.
+
+x is not saved. It is the normalised stream or the gated product (reference.Normed, Gated), and the kernel that takes
+the gradient back through those has all in hand that x is made of, so it writes x once more, for dA.
 
 Dropout masks the input of A alone. The mask is a hash of (token's key, channel), so backward draws it again, inside the
-small GEMM that adds m(v A) to a dx that is there already. And m(x) is saved in the place of x: dA needs nothing else.
+small GEMM that adds m(v A) to a dx that is there already. Then m(x) is
+saved, to save the drawing.
 """
 
 from __future__ import annotations
@@ -33,7 +37,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused import nf4
-from kernels.reference import FrozenLinear, LowRank, add_product, scaled_product, wide_product
+from kernels.fused.rms_norm import normalise, normalise_backward
+from kernels.fused.swiglu import swiglu, swiglu_backward
+from kernels.reference import (
+    FrozenLinear,
+    Gated,
+    LowRank,
+    Normed,
+    Source,
+    add_product,
+    scaled_product,
+    wide_product,
+)
 
 BLOCK = 1024
 
@@ -154,79 +169,97 @@ def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
     return len(update.a) % 8 == 0 and tokens * abs(n_out - n_in) > copied
 
 
+def _product(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    """x W^T, added to the residual if there is one."""
+    return x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
+
+
 def _stacked(updates: Sequence[LowRank]) -> tuple[Tensor, list[int]]:
     """Every A under the one before, and their ranks."""
     rows = [update.a_shadow for update in updates]
     return rows[0] if len(rows) == 1 else torch.cat(rows), [len(a) for a in rows]
 
 
+def _input(kind: type, first: Tensor, second: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
+    """The value of a source [T, in]; if `out` is given, there, and its rows may lie apart."""
+    if kind is Normed:
+        return normalise(first, second, eps, torch.empty_like(first) if out is None else out)
+    x = swiglu(first, second) if kind is Gated else first
+    return x if out is None else copy(x, out)
+
+
 class Projections(torch.autograd.Function):
+    """kind: the class of the source; first and second: its tensors; eps: its number."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, frozen, updates, scale: float, p: float, keys: Tensor | None, *leaves: Tensor):
-        ctx.frozen, ctx.updates, ctx.scale, ctx.p = frozen, updates, scale, p
-        x = x.contiguous()
-        n_in, dropped = x.shape[1], copy(x, x.new_empty(x.shape), keys, p) if p else x
+    def forward(ctx, first, second, residual, kind, eps, frozen, updates, scale, p, keys, *leaves):
+        ctx.kind, ctx.eps, ctx.frozen, ctx.updates, ctx.scale, ctx.p = kind, eps, frozen, updates, scale, p
+        first = first.contiguous()
+        tokens, n_in = first.shape
         ys: list[Tensor | None] = [None] * len(frozen)
         us: list[Tensor | None] = [None] * len(frozen)
         held = [i for i, update in enumerate(updates) if update is not None]
         # Two at most: a copy of x has two sides.
-        riding = [i for i in held if frozen[i].shape[0] > n_in and _pays(frozen[i], updates[i], len(x))][:2]
+        riding = [i for i in held if frozen[i].shape[0] > n_in and _pays(frozen[i], updates[i], tokens)][:2]
         if riding:
             left, *right = (len(updates[i].a) for i in riding)
-            room = x.new_empty(len(x), left + n_in + sum(right))
-            x = copy(x, room[:, left : left + n_in])
+            room = first.new_empty(tokens, left + n_in + sum(right))
+            x = _input(kind, first, second, eps, room[:, left : left + n_in])
+        else:
+            x = _input(kind, first, second, eps)
+        dropped = copy(x, x.new_empty(x.shape), keys, p) if p and held else x
+        if riding:
             # Where an update rides: its columns of `room`, and where in them (and in its weight) u and x stand.
             sides = (
                 (room[:, : left + n_in], slice(0, left), slice(left, None)),  # [u_0 | x]
                 (room[:, left:], slice(n_in, None), slice(0, n_in)),  # [x | u_1]
             )
             for i, (both, beside, base) in zip(riding, sides, strict=False):
-                us[i] = scaled_product(dropped, updates[i].a_shadow.t(), scale, both[:, beside])
+                u = scaled_product(dropped, updates[i].a_shadow.t(), scale, both[:, beside])
+                us[i] = u.contiguous()  # a view would keep all of `room`
                 weight = x.new_empty(frozen[i].shape[0], both.shape[1])
-                weight[:, beside] = updates[i].b_shadow
+                copy(updates[i].b_shadow, weight[:, beside])
                 _expanded(frozen[i], weight[:, base])
-                ys[i] = both @ weight.t()
+                ys[i] = _product(both, weight, residual)
         for i in range(len(frozen)):
             if i not in riding:
-                ys[i] = x @ _dense(frozen[i], x).t()
+                ys[i] = _product(x, _dense(frozen[i], x), residual)
         if adding := [i for i in held if i not in riding]:
             a, ranks = _stacked([updates[i] for i in adding])
-            u = scaled_product(dropped, a.t(), scale, x.new_empty(len(x), len(a)))
+            u = scaled_product(dropped, a.t(), scale, x.new_empty(tokens, len(a)))
             for i, u_i in zip(adding, u.split(ranks, dim=1), strict=True):
                 us[i] = u_i
                 ys[i].addmm_(u_i, updates[i].b_shadow.t())
-        if p:
-            # Views of `room` would keep all of it.
-            us = [u if u is None else u.contiguous() for u in us]
-        ctx.save_for_backward((dropped if p else x) if held else None, keys, *us)
-        return tuple(ys)
+        needed = second is not None or (held and not p)
+        ctx.save_for_backward(first if needed else None, second, dropped if p and held else None, keys, *us)
+        return (first, *ys) if kind is Normed else tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):
-        x, keys, *us = ctx.saved_tensors
-        frozen, p, want_dx = ctx.frozen, ctx.p, ctx.needs_input_grad[0]
+        first, second, dropped, keys, *us = ctx.saved_tensors
+        kind, frozen, p, want_dx = ctx.kind, ctx.frozen, ctx.p, ctx.needs_input_grad[0]
         dys = [dy.contiguous() for dy in dys]
+        dt = dys.pop(0) if kind is Normed else None
         held = [i for i, update in enumerate(ctx.updates) if update is not None]
         rides = False
         if held:
             updates = [ctx.updates[i] for i in held]
             a, ranks = _stacked(updates)
             n_out, n_in = frozen[0].shape
-            rides = want_dx and p == 0 and len(frozen) == 1 and n_in > n_out and _pays(frozen[0], updates[0], len(x))
+            rides = want_dx and p == 0 and len(frozen) == 1 and n_in > n_out
+            rides = rides and _pays(frozen[0], updates[0], len(dys[0]))
             if rides:
-                room = x.new_empty(len(x), n_out + len(a))  # [dy | v]
+                room = dys[0].new_empty(len(dys[0]), n_out + len(a))  # [dy | v]
                 copy(dys[0], room[:, :n_out])
                 v = room[:, n_out:]
             else:
-                v = x.new_empty(len(x), len(a))
+                v = dys[0].new_empty(len(dys[0]), len(a))
             for i, update, v_i in zip(held, updates, v.split(ranks, dim=1), strict=True):
                 scaled_product(dys[i], update.b_shadow, ctx.scale, v_i)
                 add_product(update.b.grad, dys[i].t(), us[i])
-            for update, da_i in zip(updates, wide_product(v.t(), x).split(ranks), strict=True):
-                update.a.grad += da_i
-        dx = None
+        dx, again, d_first, d_second = None, p == 0 and bool(held), None, None
         if rides:
-            weight = x.new_empty(n_out + len(a), n_in)  # [W ; A]
+            weight = dys[0].new_empty(n_out + len(a), n_in)  # [W ; A]
             _expanded(frozen[0], weight[:n_out])
             weight[n_out:] = a
             dx = room @ weight
@@ -236,17 +269,31 @@ class Projections(torch.autograd.Function):
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if held:
                 add_masked(dx, v, a, keys, p)
-        return dx, *[None] * (5 + 2 * len(held))
+        # From the gradient of the input to that of its source; on the way the input is made again, for dA.
+        if want_dx and kind is Normed:
+            d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, again)
+        elif want_dx and kind is Gated:
+            d_first, d_second, x = swiglu_backward(first, second, dx, again)
+        else:
+            d_first, x = dx, _input(kind, first, second, ctx.eps) if again else None
+        if held:
+            for update, da_i in zip(updates, wide_product(v.t(), dropped if p else x).split(ranks), strict=True):
+                update.a.grad += da_i
+        d_residual = dys[0] if ctx.needs_input_grad[2] else None
+        return d_first, d_second, d_residual, *[None] * (7 + 2 * len(held))
 
 
 def projections(
-    x: Tensor,
+    source: Source,
     frozen: Sequence[FrozenLinear],
     updates: Sequence[LowRank | None],
     scale: float = 1.0,
     p: float = 0.0,
     keys: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
     """See reference.projections."""
     leaves = [leaf for update in updates if update is not None for leaf in (update.a, update.b)]
-    return list(Projections.apply(x, frozen, updates, scale, p, keys, *leaves))
+    first, second, eps = (source, None, 0.0) if isinstance(source, Tensor) else (*source, 0.0)[:3]
+    rest = (frozen, updates, scale, p, keys, *leaves)
+    return list(Projections.apply(first, second, residual, type(source), eps, *rest))

@@ -2,8 +2,9 @@
 
     dg = dy u sigma (1 + g (1 - sigma))        du = dy silu(g)
 
-Saved: g and u, which the two projections made; sigma is made again, for an exponential is cheaper than memory. Forward
-moves three numbers an element, backward five.
+Only g and u are kept, which the two projections made: backward has them in registers, so it makes sigma again, for an
+exponential is cheaper than memory, and y too where the linear after it wants its input back. Forward moves three
+numbers an element, backward five, or six with y.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _backward(
     dy,  # [n]
     d_gate,  # [n]
     d_up,  # [n]
+    y,  # [n], written if AGAIN
     n,
+    AGAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -49,25 +52,20 @@ def _backward(
     sigma = tl.sigmoid(g)
     tl.store(d_gate + i, (d * u * sigma * (1 + g * (1 - sigma))).to(d_gate.dtype.element_ty), mask=inside)
     tl.store(d_up + i, (d * g * sigma).to(d_up.dtype.element_ty), mask=inside)
-
-
-class SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        _forward[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, y.numel(), BLOCK)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        gate, up = ctx.saved_tensors
-        dy, d_gate, d_up = dy.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _backward[(triton.cdiv(dy.numel(), BLOCK),)](gate, up, dy, d_gate, d_up, dy.numel(), BLOCK)
-        return d_gate, d_up
+    if AGAIN:
+        tl.store(y + i, (g * sigma * u).to(y.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See reference.swiglu."""
-    return SwiGLU.apply(gate, up)
+    """gate, up [T, n] -> silu(gate) * up [T, n]."""
+    y = torch.empty_like(gate)
+    _forward[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, y.numel(), BLOCK)
+    return y
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """d_gate, d_up, and y if it is wanted again; all [T, n]."""
+    d_gate, d_up, y = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(dy) if again else None
+    tensors = (gate, up, dy, d_gate, d_up, dy if y is None else y)
+    _backward[(triton.cdiv(dy.numel(), BLOCK),)](*tensors, dy.numel(), again, BLOCK)
+    return d_gate, d_up, y
