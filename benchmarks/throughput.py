@@ -4,11 +4,10 @@
     python benchmarks/throughput.py --workload short --impl ours unsloth
     python benchmarks/throughput.py --shape tiny --device cpu --impl ours --workload short       a dry run
 
-LORA_KERNELS=fused in the environment has ours take its fused kernels. Weights are random in the real shapes, the base
-is NF4 with double quantisation, and every trainer gets the same seeded examples, all tokens supervised, in a process of
-its own; the optimiser step, clipping and (ours) packing are counted. The peers run in one hand-written loop: bf16
-autocast, bitsandbytes' 8-bit AdamW, rows padded to the longest of a micro-batch. Padding is no work done, so a rate
-counts real tokens only.
+Weights are random in the real shapes, the base is NF4 with double quantisation, and every trainer gets the same seeded
+examples, all tokens supervised, in a process of its own; the optimiser step, clipping and (ours) packing are counted.
+The peers run in one hand-written loop: bf16 autocast, bitsandbytes' 8-bit AdamW, rows padded to the longest of a
+micro-batch. Padding is no work done, so a rate counts real tokens only.
 
 Peak memory is torch's, from the loaded model on, warm-up included. The floor is the matmuls that the step cannot do
 without, at the rate of one large bf16 matmul measured in the same process; attention and elementwise work come on top.
@@ -40,7 +39,7 @@ from lora.data import Example
 from lora.log import GIB
 
 VOCABULARY = 128256
-WARM, TIMED = 3, 8
+WARM, TIMED = 6, 10
 
 
 class Shape(NamedTuple):
@@ -70,7 +69,7 @@ SHAPES = {
 
 
 class Workload(NamedTuple):
-    """shortest, longest: tokens of an example; recompute: "none" or "block", as in lora/model.py."""
+    """shortest, longest: tokens of an example; recompute: "none", "mlp" or "block", as in lora/model.py."""
 
     shape: str
     rank: int
@@ -81,17 +80,20 @@ class Workload(NamedTuple):
     shortest: int
     longest: int
     recompute: str
+    micro_batch_tokens: int  # of ours: a step is a set of examples, and how it is cut is the trainer's business
 
 
 # c1: ten words in, ten sentences out. t1: rows packed to 2,048 tokens, batch 2 x 4, also with checkpointing. short:
-# chat turns. axolotl: the usual settings for an 8B model.
+# chat turns. axolotl: the usual settings for an 8B model; axolotl-fast: the same without recomputing, which the peers
+# cannot do in 24 GB.
 WORKLOADS = {
-    "full512": Workload("1b", 128, 256, 0.0, 16, 4, 512, 512, "none"),
-    "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, "none"),
-    "t1": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "none"),
-    "t1-ckpt": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "block"),
-    "short": Workload("1b", 16, 16, 0.0, 2, 4, 100, 300, "none"),
-    "axolotl": Workload("8b", 64, 32, 0.05, 2, 4, 2048, 2048, "block"),
+    "full512": Workload("1b", 128, 256, 0.0, 16, 4, 512, 512, "none", 8192),
+    "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, "none", 5600),
+    "t1": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "none", 4096),
+    "t1-ckpt": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "block", 4096),
+    "short": Workload("1b", 16, 16, 0.0, 2, 4, 100, 300, "none", 1024),
+    "axolotl": Workload("8b", 64, 32, 0.05, 2, 4, 2048, 2048, "block", 4096),
+    "axolotl-fast": Workload("8b", 64, 32, 0.05, 2, 4, 2048, 2048, "none", 2048),
 }
 
 
@@ -99,7 +101,7 @@ def matmul_flops(shape: Shape, work: Workload) -> int:
     """A token's: the base forward, backward to its input, and again if recomputed; the update also to its weights."""
     base = shape.layers * sum(out * into for out, into in shape.linears)
     update = shape.layers * sum(work.rank * (out + into) for out, into in shape.linears)
-    forwards = 2 if work.recompute == "block" else 1
+    forwards = 1 if work.recompute == "none" else 2
     return 2 * ((forwards + 1) * base + (forwards + 2) * update + 2 * VOCABULARY * shape.hidden)
 
 
@@ -192,12 +194,13 @@ def write_model(shape: Shape, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(wrapped | {"pad_token": special[4]}))
 
 
-def steps_of(work: Workload) -> list[list[list[int]]]:
-    """The rows of tokens of each step, alike for every trainer."""
+def steps_of(work: Workload) -> list[list[Example]]:
+    """The examples of each step, alike for every trainer."""
     generator = torch.Generator().manual_seed(1)
     size = work.batch * work.accum
     lengths = torch.randint(work.shortest, work.longest + 1, (WARM + TIMED, size), generator=generator).tolist()
-    return [[torch.randint(0, 128000, (n,), generator=generator).tolist() for n in step] for step in lengths]
+    rows = [[torch.randint(0, 128000, (n,), generator=generator).tolist() for n in step] for step in lengths]
+    return [[Example(str(i), row, [True] * len(row)) for i, row in enumerate(step)] for step in rows]
 
 
 # --- the trainers: each a function that takes the rows of a step and makes it -----------------------------------------
@@ -220,10 +223,9 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
     forward = Graphs(model, adapter) if Graphs.possible(model) else Eager(model)
     made = 0
 
-    def step(rows: list[list[int]]) -> float:
+    def step(examples: list[Example]) -> float:
         nonlocal made
         made += 1
-        examples = [Example(str(i), row, [True] * len(row)) for i, row in enumerate(rows)]
         packs = pack_examples(range(len(examples)), examples, micro_batch_tokens)
         keys = [token_keys(0, made, pack) for pack in packs]
         return train_step(forward, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
@@ -245,7 +247,7 @@ def peer(impl: str, work: Workload, folder: Path):
             lora_dropout=work.dropout,
             target_modules=list(LINEARS),
             bias="none",
-            use_gradient_checkpointing="unsloth" if work.recompute == "block" else False,
+            use_gradient_checkpointing=False if work.recompute == "none" else "unsloth",
             random_state=0,
         )
     else:
@@ -270,7 +272,7 @@ def peer(impl: str, work: Workload, folder: Path):
             attn_implementation="sdpa",
             device_map={"": 0},
         )
-        if work.recompute == "block":
+        if work.recompute != "none":
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         config = PeftConfig(
@@ -288,9 +290,9 @@ def peer(impl: str, work: Workload, folder: Path):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = bitsandbytes.optim.AdamW8bit(parameters, lr=2e-4, weight_decay=0.01)
 
-    def step(rows: list[list[int]]) -> float:
-        for start in range(0, len(rows), work.batch):
-            some = rows[start : start + work.batch]
+    def step(examples: list[Example]) -> float:
+        for start in range(0, len(examples), work.batch):
+            some = [example.ids for example in examples[start : start + work.batch]]
             width = max(map(len, some))
             ids = torch.full((len(some), width), 128004)
             for i, row in enumerate(some):
@@ -319,13 +321,13 @@ def measure(impl: str, work: Workload, folder: Path, device: torch.device, budge
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     rates, seconds = [], []
-    for rows in steps_of(work):
+    for examples in steps_of(work):
         synchronise(device)
         start = time.perf_counter()
-        step(rows)
+        step(examples)
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-        rates.append(sum(map(len, rows)) / seconds[-1])
+        rates.append(sum(len(example.ids) for example in examples) / seconds[-1])
     cuda = device.type == "cuda"
     return {
         "median": statistics.median(rates[WARM:]),
@@ -358,9 +360,7 @@ def main() -> None:
     parser.add_argument("--impl", nargs="+", choices=TRAINERS)
     parser.add_argument("--shape", choices=SHAPES, help="instead of the workload's own")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument(
-        "--micro-batch-tokens", type=int, help="of ours; as many as a peer's padded micro-batch if not given"
-    )
+    parser.add_argument("--micro-batch-tokens", type=int, help="of ours, instead of the workload's")
     parser.add_argument("--folder", type=Path, help="where the random models go, and stay; else a temporary folder")
     parser.add_argument("--measure", metavar="IMPL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -370,7 +370,7 @@ def main() -> None:
         works = {name: work._replace(shape=arguments.shape) for name, work in works.items()}
     if arguments.measure:
         (work,) = works.values()
-        budget = arguments.micro_batch_tokens or work.batch * work.longest
+        budget = arguments.micro_batch_tokens or work.micro_batch_tokens
         result = measure(arguments.measure, work, arguments.folder, device, budget)
         print("RESULT " + json.dumps(result))
         return

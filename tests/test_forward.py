@@ -1,5 +1,7 @@
 """lora/forward.py: graphs give the gradient that the same model gives op by op."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_ops import CUDA
@@ -69,3 +71,40 @@ def test_graphs(tmp_path, device, recompute):
     graphs.clear()
     again = gradient(graphs, adapter, [all_packs[0]], 1)
     assert torch.equal(again, seen[(0,), 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_a_gpu_runs_out_of_memory(tmp_path, device, dtype):
+    """The step is made again in smaller packs, with the same examples and dropout, and goes on so: by graphs in 16
+    bits,
+    op by op in 32."""
+    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 64}
+    model = build_model(tiny_chat_folder(tmp_path, **wide), "nf4", dtype, torch.device(device))
+    adapter = wrapped_adapter(model, LoraConfig(rank=8, alpha=16, dropout=0.3))
+    examples, budget, events = random_examples([200] * 80), 16000, []
+    forward = Graphs(model, adapter) if Graphs.possible(model) else Eager(model)
+    state, log = loop.State(budget), SimpleNamespace(event=lambda step, message: events.append(message))
+
+    def step() -> Tensor:
+        def work(packs: list[Pack]) -> Tensor:
+            return gradient(forward, adapter, packs, 1)
+
+        return loop.in_packs(work, range(len(examples)), examples, state, log, forward.clear)
+
+    for _ in range(3):
+        whole = step()
+    assert not events
+    forward.clear()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    room = torch.cuda.memory_reserved() + 300 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        parts = [step() for _ in range(3)]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert events and state.micro_batch_tokens < budget
+    for part in parts:
+        error = ((part - whole).norm() / whole.norm()).item()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"off by {error:.1e}"

@@ -14,6 +14,7 @@ from tiny_chat import random_examples, tiny_chat_folder, wrapped_adapter
 from torch import Tensor
 
 import kernels
+import train
 from kernels import reference
 from lora import loop
 from lora.adapter import Adapter
@@ -21,6 +22,7 @@ from lora.build import build_model
 from lora.config import LoraConfig
 from lora.data import Example, pack_examples
 from lora.forward import Eager
+from lora.log import read_metrics
 from lora.model import Llama
 
 if fused is None:
@@ -108,3 +110,19 @@ def test_step_in_16_bits(tmp_path, ops, device, dropout, dtype):
     for name, wanted in found["exact"].items():
         plain, ours = ((found[kind][name] - wanted).norm().item() for kind in ("plain", "fused"))
         assert ours <= 1.1 * plain, f"the gradient of {name} is off by {ours:.2e}, the reference by {plain:.2e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_two_hundred_steps(smollm2, tmp_path, ops, device):
+    """SmolLM2 on a1 lists with dropout: every loss within 1 % or 0.01 nats of the run on reference ops, op by op."""
+    flags = ["--level", "a1", "--model", str(smollm2), "--grad-accum", "1", "--epochs", "20", "--lora-dropout", "0.05"]
+    losses = []
+    for module, more in ((reference, ["--no-graphs"]), (fused, [])):
+        ops(module)
+        run = tmp_path / module.__name__
+        assert train.main([*flags, *more, "--device", device, "--run-dir", str(run)]) == 0
+        losses.append([line["loss"] for line in read_metrics(run) if line["kind"] == "train"])
+    assert len(losses[0]) == len(losses[1]) == 200
+    for step, (wanted, loss) in enumerate(zip(*losses, strict=True)):
+        assert abs(loss - wanted) <= max(0.01, 0.01 * wanted), f"step {step + 1}: {loss}, on the reference {wanted}"
