@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.reference import NF4, Gated, LowRank, Normed, Offsets, Source, mix_keys
+from kernels.reference import NF4, Gated, LowRank, Normed, Source, mix_keys
 
 
 def implementation(x: Tensor) -> ModuleType:
@@ -24,8 +24,8 @@ def implementation(x: Tensor) -> ModuleType:
     return fused
 
 
-def takes_offsets(x: Tensor, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `attention` in this dtype on the device of x takes `Offsets`, so that a CUDA graph can hold it."""
+def takes_starts(x: Tensor, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attention`, in this dtype and where x is, takes starts for lengths, so that a CUDA graph can hold it."""
     ops = implementation(x)
     return ops is not reference and ops.flash_takes(x.device, dtype, head_dim)
 
@@ -41,6 +41,7 @@ def _op(name: str) -> Callable:
     return op
 
 
+adamw8bit = _op("adamw8bit")
 attention = _op("attention")
 linear_cross_entropy = _op("linear_cross_entropy")
 projections = _op("projections")
@@ -53,8 +54,8 @@ __all__ = [
     "Gated",
     "LowRank",
     "Normed",
-    "Offsets",
     "Source",
+    "adamw8bit",
     "attention",
     "implementation",
     "linear_cross_entropy",
@@ -62,6 +63,6 @@ __all__ = [
     "projections",
     "rms_norm",
     "rope",
-    "takes_offsets",
+    "takes_starts",
     "token_losses",
 ]

@@ -13,7 +13,7 @@ Under each derivation, d_ means the gradient of the loss with respect to _.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -243,18 +243,12 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-class Offsets(NamedTuple):
-    """The lengths of packed examples as a CUDA graph can read them: from the device, with a bound that stays."""
-
-    starts: Tensor  # int32 [n + 1]: where each example begins, and the end; equal neighbours are an empty example
-    longest: int  # no example is longer
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """Causal attention inside each packed example, grouped heads as they are.
 
-    q [T, heads, D], k and v [T, kv_heads, D], lengths summing to T -> [T, heads, D]. Where `kernels.takes_offsets` says
-    so, lengths may be `Offsets`.
+    q [T, heads, D], k and v [T, kv_heads, D], lengths summing to T -> [T, heads, D]. Where `kernels.takes_starts` says
+    so, lengths may be a tensor, int32 [n + 1]: where each example begins, and the end; equal neighbours are an empty
+    example.
     """
     return Attention.apply(q, k, v, lengths)
 
@@ -512,3 +506,35 @@ class LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Sum of `token_losses`, differentiable in hidden. hidden [S, n], head [vocabulary, n], targets [S] -> fp32 []."""
     return LinearCrossEntropy.apply(hidden, head, targets, token_losses)
+
+
+@cache
+def dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    """The 256 numbers that a byte of 8-bit optimiser state stands for, ascending, fp32 (Dettmers et al. 2022)."""
+    from bitsandbytes.functional import create_dynamic_map  # takes seconds to load
+
+    return create_dynamic_map(signed).to(device)
+
+
+def adamw8bit(
+    flat: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    lr: float,
+    weight_decay: float,
+    grad_scale: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """A step of AdamW in place, with state in 8 bits (lora/optim.py). This one is bitsandbytes' own.
+
+    flat, grad fp32 [n], n a multiple of 256; state: step (of this step, from 1 on), m, v uint8 [n], m_absmax, v_absmax
+    fp32 [n / 256]. The gradient is taken times grad_scale.
+    """
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    optimizer_update_8bit_blockwise(
+        "adam", grad, flat, state["m"], state["v"], *betas, 0.0, 0.0, eps, int(state["step"]), lr,
+        dynamic_map(True, flat.device), dynamic_map(False, flat.device), state["m_absmax"], state["v_absmax"],
+        weight_decay, grad_scale,
+    )  # fmt: skip

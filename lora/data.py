@@ -15,6 +15,7 @@ import hashlib
 import heapq
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -75,7 +76,9 @@ class Example:
     @cached_property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """ids int64 [T] and mask bool [T]."""
-        return torch.tensor(self.ids), torch.tensor(self.mask)
+        # Ten times as fast as torch.tensor(list).
+        ids, mask = array("q", self.ids), bytearray(self.mask)
+        return torch.frombuffer(ids, dtype=torch.int64), torch.frombuffer(mask, dtype=torch.bool)
 
 
 def _hash(text: str) -> bytes:

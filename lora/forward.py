@@ -5,8 +5,8 @@ H200 for 8,192 tokens. A graph holds them all and is one launch, so a small pack
 
 A graph repeats the same kernels on the same memory. What differs from pack to pack must be data in fixed places:
 
-- ids, positions and dropout keys, in as many places as the graph has tokens (`Size`). A pack is filled up with examples
-  of padding. Nobody learns from them, so their gradients are zeros and nothing changes but the last bits.
+- ids, positions and dropout keys, in as many places as the graph has tokens (`Size`). A pack is filled up with an
+  example of padding. Nobody learns from it, so its gradients are zeros and nothing changes but the last bits.
 - where each example begins; places that are left over are empty examples.
 
 The loss stays outside, between two graphs: how many tokens are supervised differs, and its matmuls are long anyway.
@@ -57,27 +57,24 @@ class Eager:
 
 
 class Size(NamedTuple):
-    """What a graph has room for: tokens in all, examples, tokens of one example."""
+    """What a graph has room for."""
 
     tokens: int
     examples: int
-    longest: int
 
     @classmethod
     def of(cls, pack: Pack) -> Size:
         """A little more than the pack takes, so that few sizes serve all packs: 16 numbers of tokens to an octave."""
         grain = max(64, _power_of_two(len(pack.ids)) // 32)
         tokens = -(-len(pack.ids) // grain) * grain
-        longest = _power_of_two(max(pack.lengths))
-        padding = -(-(tokens - len(pack.ids)) // longest)
-        return cls(tokens, _power_of_two(len(pack.lengths) + padding), longest)
+        return cls(tokens, max(32, _power_of_two(len(pack.lengths) + 1)))
 
-    def lengths(self, pack: Pack) -> list[int]:
-        """Of the pack's examples, of padding, and of empty ones: `examples` numbers that add up to `tokens`."""
-        padding = self.tokens - len(pack.ids)
-        whole, rest = divmod(padding, self.longest)
-        lengths = [*pack.lengths, *[self.longest] * whole, rest]
-        return (lengths + [0] * self.examples)[: self.examples]
+    def starts(self, pack: Pack) -> Tensor:
+        """int32 [examples + 1]: where the pack's examples begin, one of padding after them, and empty ones."""
+        ends = torch.tensor(pack.lengths).cumsum(0)
+        starts = torch.full((self.examples + 1,), self.tokens)
+        starts[0], starts[1 : len(ends) + 1] = 0, ends
+        return starts.int()
 
 
 def _power_of_two(n: int) -> int:
@@ -103,8 +100,8 @@ class Inputs:
 
     def fill(self, pack: Pack, size: Size, keys: Tensor | None) -> None:
         device, n = self.ids.device, len(pack.ids)
-        starts = torch.tensor([0, *size.lengths(pack)]).cumsum(0).int()
-        for place, tensor in ((self.ids[:n], pack.ids), (self.positions[:n], pack.positions), (self.starts, starts)):
+        parts = (self.ids[:n], pack.ids), (self.positions[:n], pack.positions), (self.starts, size.starts(pack))
+        for place, tensor in parts:
             place.copy_(upload(tensor, device), non_blocking=True)
         # What an earlier pack left behind serves as padding: any ids and positions will do.
         if keys is not None:
@@ -149,7 +146,7 @@ class Graphs:
 
     @staticmethod
     def possible(model: Llama) -> bool:
-        return kernels.takes_offsets(model.head, model.dtype, model.config.head_dim)
+        return kernels.takes_starts(model.head, model.dtype, model.config.head_dim)
 
     def clear(self) -> None:
         """Gives back all graphs and their memory."""
@@ -167,18 +164,18 @@ class Graphs:
         if not self.warm:
             # The first pack of all runs op by op: libraries load and kernels compile, which no graph could hold.
             self.warm = True
-            return self._run(inputs, size.longest)
+            return self._run(inputs)
         if size not in self.captured:
-            self.captured[size] = self._capture(inputs, size.longest)
+            self.captured[size] = self._capture(inputs)
         return _Replay.apply(self.leaf, self.captured[size])
 
-    def _run(self, inputs: Inputs, longest: int) -> Tensor:
-        return self.model(inputs.ids, inputs.positions, packed(kernels.Offsets(inputs.starts, longest)))
+    def _run(self, inputs: Inputs) -> Tensor:
+        return self.model(inputs.ids, inputs.positions, packed(inputs.starts))
 
-    def _capture(self, inputs: Inputs, longest: int) -> Captured:
+    def _capture(self, inputs: Inputs) -> Captured:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, self.pool):
-            hidden = self._run(inputs, longest)
+            hidden = self._run(inputs)
         d_hidden = torch.empty_like(hidden)
         with torch.cuda.graph(backward, self.pool):
             hidden.backward(d_hidden)

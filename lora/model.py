@@ -77,7 +77,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     return (1 - kept) * frequency / scaling.factor + kept * frequency
 
 
-def packed(lengths: Sequence[int] | kernels.Offsets) -> Attend:
+def packed(lengths: Sequence[int] | Tensor) -> Attend:
     """Attention for examples of these lengths, back to back in one row: causal, and never across a border."""
     return lambda layer, q, k, v: kernels.attention(q, k, v, lengths)
 

@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import kernels
+
 BETAS, EPS, BLOCK = (0.9, 0.999), 1e-8, 256
 
 
@@ -33,9 +35,6 @@ class AdamW8bit:
     """8-bit state in blocks of 256: one launch over the flat buffer. flat, grad fp32 [n], n a multiple of 256."""
 
     def __init__(self, flat: Tensor, grad: Tensor, weight_decay: float):
-        import bitsandbytes.functional as bnb  # takes seconds to load
-
-        self.bnb = bnb
         self.flat, self.grad, self.weight_decay = flat, grad, weight_decay
         self.state = {
             "step": torch.zeros((), dtype=torch.int64),
@@ -44,16 +43,10 @@ class AdamW8bit:
             "m_absmax": torch.zeros(len(flat) // BLOCK, device=flat.device),
             "v_absmax": torch.zeros(len(flat) // BLOCK, device=flat.device),
         }
-        self.m_table = bnb.create_dynamic_map(signed=True).to(flat.device)
-        self.v_table = bnb.create_dynamic_map(signed=False).to(flat.device)
 
     def step(self, lr: float, grad_scale: float) -> None:
-        s = self.state
-        s["step"] += 1
-        self.bnb.optimizer_update_8bit_blockwise(
-            "adam", self.grad, self.flat, s["m"], s["v"], *BETAS, 0.0, 0.0, EPS, int(s["step"]), lr,
-            self.m_table, self.v_table, s["m_absmax"], s["v_absmax"], self.weight_decay, grad_scale,
-        )  # fmt: skip
+        self.state["step"] += 1
+        kernels.adamw8bit(self.flat, self.grad, self.state, lr, self.weight_decay, grad_scale, BETAS, EPS)
 
 
 class AdamW:

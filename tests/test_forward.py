@@ -21,23 +21,24 @@ EXAMPLES = random_examples(LENGTHS)
 @pytest.mark.parametrize(
     ("lengths", "size"),
     [
-        ((64,), Size(64, 1, 64)),
-        ((65,), Size(128, 2, 128)),
-        ((3,), Size(64, 32, 4)),
-        ((100, 30), Size(192, 4, 128)),
-        ((2048, 2048), Size(4096, 2, 2048)),
-        ((300,) * 14, Size(4352, 16, 512)),
+        ((64,), Size(64, 32)),
+        ((65,), Size(128, 32)),
+        ((1,) * 31, Size(64, 32)),
+        ((1,) * 32, Size(64, 64)),
+        ((2048, 2048), Size(4096, 32)),
+        ((300,) * 14, Size(4352, 32)),
     ],
+    ids=str,
 )
 def test_sizes(lengths, size):
     examples = random_examples(lengths)
     pack = make_pack(range(len(examples)), examples)
     assert Size.of(pack) == size
-    places = size.lengths(pack)
-    assert len(places) == size.examples
+    starts = size.starts(pack)
+    assert starts.dtype == torch.int32 and len(starts) == size.examples + 1
+    places = starts.diff().tolist()
     assert tuple(places[: len(lengths)]) == lengths
-    assert sum(places) == size.tokens
-    assert max(places) <= size.longest
+    assert places[len(lengths)] == size.tokens - sum(lengths) and not any(places[len(lengths) + 1 :])
 
 
 def gradient(forward: Forward, adapter, packs: list[Pack], step: int) -> Tensor:

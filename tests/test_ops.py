@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -136,11 +136,11 @@ def test_rope(case, draw):
 # --- attention ---
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax attention inside each of LENGTHS, keys and values copied to every query head."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] = LENGTHS) -> Tensor:
+    """Causal softmax attention inside each example, keys and values copied to every query head."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     out = []
-    for qs, ks, vs in zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True):
+    for qs, ks, vs in zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True):
         scores = torch.einsum("ihd,jhd->hij", qs, ks) / q.shape[-1] ** 0.5
         future = torch.ones(len(qs), len(qs), dtype=torch.bool, device=q.device).triu(1)
         out.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(future, -torch.inf).softmax(-1), vs))
@@ -159,6 +159,21 @@ def test_attention(case, draw, heads):
         case.tolerance,
         **packed_qkv(case, draw, *heads),
     )
+
+
+@pytest.mark.parametrize(("heads", "width"), [((8, 2), 64), ((4, 1), 128)], ids=str)
+def test_attention_by_starts(case, draw, heads, width):
+    """Lengths on the device, as a graph has them: some examples span several tiles, some places are empty."""
+    if case.ops is reference or not fused.flash_takes(torch.device(case.device), case.dtype, width):
+        pytest.skip("takes lengths on the host")
+    lengths = (1, 130, 0, 7, 65, 0, 0)
+    starts = torch.tensor([0, *lengths], device=case.device).cumsum(0).int()
+    inputs = {name: draw(sum(lengths), n, width) for name, n in (("q", heads[0]), ("k", heads[1]), ("v", heads[1]))}
+
+    def plain(q, k, v):
+        return plain_attention(q, k, v, [length for length in lengths if length])
+
+    compare(lambda q, k, v: case.ops.attention(q, k, v, starts), plain, case.tolerance, **inputs)
 
 
 @pytest.mark.parametrize(("tile", "kept"), [(8, 256), (8, 0), (64, 0), (1, 0)])
@@ -421,7 +436,7 @@ def test_loss_of_huge_logits(case, draw):
 
 @pytest.mark.skipif(fused is None, reason="Triton is for Linux")
 def test_kernels_compile():
-    """For compute capability 8.0 and 9.0, without spilling a register; no GPU is needed for that."""
+    """For compute capability 8.0, 8.9 and 9.0, without spilling a register; no GPU is needed for that."""
     program = Path(__file__).parent / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
@@ -434,8 +449,12 @@ def test_kernels_compile():
         "swiglu._backward",
         "cross_entropy._losses",
         "nf4._expand",
+        "attention._forward",
+        "attention._backward_queries",
+        "attention._backward_keys",
+        "adamw8bit._step",
         "lora_linear._copy",
         "lora_linear._add_masked",
     ):
         compiled = re.findall(rf"{re.escape(kernel)} +sm_(\d+)", done.stdout)
-        assert {*compiled} == {"80", "90"} and len(compiled) >= 6, f"{kernel}: {compiled}"
+        assert {*compiled} == {"80", "89", "90"} and len(compiled) >= 3, f"{kernel}: {compiled}"

@@ -2,11 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from test_ops import fused
 from tiny import assert_close
 
+from kernels.reference import dynamic_map
 from lora.optim import build_optimiser, choose_optimiser, learning_rate
+
+if fused is not None:
+    from kernels.fused.adamw8bit import buckets
 
 N, DECAY = 5 * 256, 0.1
 RATES = (1e-2, 3e-3, 1e-3, 2e-2, 5e-3)
@@ -122,3 +128,60 @@ def test_shape_of_schedules(schedule, steps, warmup):
     assert rising == sorted(set(rising))
     assert falling == sorted(falling, reverse=True)
     assert max(rates) == 1 or warmup >= steps
+
+
+# --- the 8-bit kernel of kernels/fused, whose oracle on a GPU is bitsandbytes (parity/) ---
+
+needs_triton = pytest.mark.skipif(fused is None, reason="Triton is for Linux")
+
+
+def nearest(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The number of the nearest of ascending values; the middle between two, rounded as they are, is the even one's."""
+    middle = (values[1:] + values[:-1]) * values.dtype.type(0.5)
+    below, tied = np.searchsorted(middle, x), np.searchsorted(middle, x, side="right")
+    return np.where((tied > below) & (below % 2 == 1), below + 1, below)
+
+
+@needs_triton
+@pytest.mark.parametrize(("signed", "shift"), [(True, 17), (False, 16)])
+def test_buckets_find_the_nearest_code(signed, shift):
+    """At and beside every middle of two codes, at both ends of every bucket, and on random magnitudes."""
+    table = dynamic_map(signed, torch.device("cpu"))
+    entries, first, lowest = (x.numpy() if isinstance(x, torch.Tensor) else x for x in buckets(table, shift))
+    values = table.numpy()
+    zero = int((values == 0).nonzero()[0][0])
+    middle = (values[zero + 1 :] + values[zero:-1]) * np.float32(0.5)
+    ends = (np.arange(first, (0x3F800000 >> shift) + 1)[:, None] * (1 << shift) + np.arange(-1, 2)).ravel()
+    near = (np.concatenate([middle, values[zero + 1 :]]).view(np.int32)[:, None] + np.arange(-2, 3)).ravel()
+    random = 10 ** np.random.default_rng(0).uniform(-9, 0, 100_000)
+    x = np.concatenate([near.astype(np.int32).view(np.float32), ends.astype(np.int32).view(np.float32), random])
+    x = x.astype(np.float32).clip(lowest, 1)
+    bits = x.view(np.int32)
+    code = (entries[(bits >> shift) - first] + bits).view(np.uint32) >> 24
+    assert np.array_equal(code + zero, nearest(x, values))
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles its kernels for it")
+def test_fused_adamw8bit():
+    """Interpreted, step by step from the same state, against the formulas in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(N, generator=generator)
+    state = build_optimiser("adamw8bit", flat, torch.zeros_like(flat), DECAY).state
+    tables = {name: dynamic_map(name == "m", flat.device).double() for name in "mv"}
+    for number in range(1, 4):
+        state["step"] += 1
+        grad = torch.randn(N, generator=generator) * 10 ** (-4 * torch.rand(N, generator=generator))
+        s = {name: tables[name][state[name].int()] * state[f"{name}_absmax"].repeat_interleave(256) for name in "mv"}
+        g = grad.double() / 8
+        s = {"m": 0.9 * s["m"] + 0.1 * g, "v": 0.999 * s["v"] + 0.001 * g * g}
+        c1, c2 = 1 - 0.9**number, (1 - 0.999**number) ** 0.5
+        wanted = (flat - 1e-2 * c2 / c1 * s["m"] / (s["v"].sqrt() + c2 * 1e-8)) * (1 - 1e-2 * DECAY)
+        fused.adamw8bit(flat, grad, state, 1e-2, DECAY, 1 / 8, (0.9, 0.999), 1e-8)
+        assert_close("flat", flat, wanted, 1e-5)
+        for name in "mv":
+            absmax = s[name].view(-1, 256).abs().amax(1)
+            assert_close(f"{name}_absmax", state[f"{name}_absmax"], absmax, 1e-5)
+            code = nearest((s[name] / absmax.repeat_interleave(256)).numpy(), tables[name].numpy())
+            # Within the last bit of a middle between two codes, rounding decides.
+            assert (torch.from_numpy(code) != state[name]).float().mean() < 2e-3

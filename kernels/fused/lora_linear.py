@@ -148,7 +148,7 @@ def add_masked(dx: Tensor, v: Tensor, a: Tensor, keys: Tensor | None, p: float) 
     rows, columns = (64, 128) if dx.itemsize == 2 else (32, 32)  # fp32 products take many registers
     blocks = {"TOKENS": rows, "PAIRS": columns // 2, "RANK": min(64, max(16, triton.next_power_of_2(rank)))}
     grid = (triton.cdiv(tokens, rows), triton.cdiv(n, columns))
-    _add_masked[grid](v, a, keys, dx, tokens, rank, n, round(p * 2**16), 1 / (1 - p), **blocks, num_warps=8)
+    _add_masked[grid](v, a, keys, dx, tokens, rank, n, round(p * 2**16), 1 / (1 - p), **blocks)
 
 
 def _expanded(linear: FrozenLinear, out: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Projections(torch.autograd.Function):
             )
             for i, (both, beside, base) in zip(riding, sides, strict=False):
                 u = scaled_product(dropped, updates[i].a_shadow.t(), scale, both[:, beside])
-                us[i] = u.contiguous()  # a view would keep all of `room`
+                us[i] = copy(u, u.new_empty(u.shape))  # a view would keep all of `room`
                 weight = x.new_empty(frozen[i].shape[0], both.shape[1])
                 copy(updates[i].b_shadow, weight[:, beside])
                 _expanded(frozen[i], weight[:, base])
