@@ -377,12 +377,12 @@ class Projections(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, residual: Tensor | None, frozen, updates, scale: float, p: float, keys: Tensor | None, *leaves
-    ):
+    def forward(ctx, x, residual, frozen, updates, scale, p, keys, hollow, *leaves):
         held = [update for update in updates if update is not None]
         ctx.frozen, ctx.updates, ctx.scale, ctx.p = frozen, updates, scale, p
-        if residual is None:
+        if hollow:
+            ys = [x.new_empty(len(x), linear.shape[0]) for linear in frozen]
+        elif residual is None:
             ys = [x @ linear.dense(x.dtype).t() for linear in frozen]
         else:
             ys = [torch.addmm(residual, x, frozen[0].dense(x.dtype).t())]
@@ -392,7 +392,7 @@ class Projections(torch.autograd.Function):
             u = scaled_product(x, a.t(), scale, x.new_empty(len(x), len(a)))
             parts = iter(u.split([len(update.a) for update in held], dim=1))
             for y, update in zip(ys, updates, strict=True):
-                if update is not None:
+                if update is not None and not hollow:
                     y.addmm_(next(parts), update.b_shadow.t())
         # Without a gradient to make, x need not outlive this call.
         ctx.save_for_backward(x if held else None, u, keys)
@@ -418,7 +418,7 @@ class Projections(torch.autograd.Function):
                 weight = linear.dense(dy.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         # The gradients of the leaves are where they belong already.
-        return dx, dys[0] if ctx.needs_input_grad[1] else None, *[None] * (5 + 2 * len(held))
+        return dx, dys[0] if ctx.needs_input_grad[1] else None, *[None] * (6 + 2 * len(held))
 
 
 def _dropout(x: Tensor, keys: Tensor | None, p: float) -> Tensor:
@@ -434,13 +434,15 @@ def projections(
     p: float = 0.0,
     keys: Tensor | None = None,
     residual: Tensor | None = None,
+    hollow: bool = False,
 ) -> list[Tensor]:
     """The LoRA linear (Hu et al. 2021, eq. 3) for several linears that read the same input.
 
     source [T, in]; frozen weights [out_i, in]; updates of rank r, None where a linear has none; scale s = alpha / r;
     dropout p on the low-rank input alone, its mask drawn from keys int32 [T] -> a list of [T, out_i]. If the source is
     `Normed`, its stream stands before them in the list: who goes on with that one lets both gradients of the stream be
-    added where they are made. residual [T, out] is added to the output, if there is just one linear.
+    added where they are made. residual [T, out] is added to the output, if there is just one linear. `hollow` outputs
+    have a gradient but no values: that is enough where a forward pass is run again for the sake of backward.
     """
     leaves = [leaf for update in updates if update is not None for leaf in (update.a, update.b)]
     stream = []
@@ -448,7 +450,7 @@ def projections(
         *stream, source = RMSNorm.apply(*source)
     elif isinstance(source, Gated):
         source = SwiGLU.apply(*source)
-    return [*stream, *Projections.apply(source, residual, frozen, updates, scale, p, keys, *leaves)]
+    return [*stream, *Projections.apply(source, residual, frozen, updates, scale, p, keys, hollow, *leaves)]
 
 
 # Rows of logits held at a time: enough for a good matmul, which reads the whole head for them.

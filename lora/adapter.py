@@ -113,7 +113,7 @@ class Adapter:
             mine.copy_(tensors[name])
         self.refresh()
 
-    def project(self, source: kernels.Source, *linears: nn.Module, residual: Tensor | None = None) -> list[Tensor]:
+    def project(self, source: kernels.Source, *linears: nn.Module, **rest) -> list[Tensor]:
         """`model.project` with the updates of these linears added. source [T, in] -> a list of [T, out_i]."""
         names = [self._by_linear.get(id(linear)) for linear in linears]
         updates = [self.updates[name] if name else None for name in names]
@@ -123,7 +123,7 @@ class Adapter:
             _, _, layer, _, linear = first.split(".")
             keys = self.keys[4 * int(layer) + _INPUT[linear]]
         p = 0.0 if keys is None else self.config.dropout
-        return kernels.projections(source, linears, updates, self.scale, p, keys, residual)
+        return kernels.projections(source, linears, updates, self.scale, p, keys, **rest)
 
     def wrap(self, model: Llama) -> None:
         """From now on the model computes with the update."""

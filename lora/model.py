@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 
@@ -82,9 +81,9 @@ def packed(lengths: Sequence[int] | Tensor) -> Attend:
     return lambda layer, q, k, v: kernels.attention(q, k, v, lengths)
 
 
-def project(source: kernels.Source, *linears: nn.Module, residual: Tensor | None = None) -> list[Tensor]:
+def project(source: kernels.Source, *linears: nn.Module, **rest) -> list[Tensor]:
     """Several linears on one input, see kernels.projections: source [T, in] -> a list of [T, out_i]."""
-    return kernels.projections(source, linears, [None] * len(linears), residual=residual)
+    return kernels.projections(source, linears, [None] * len(linears), **rest)
 
 
 class Linear(nn.Module):
@@ -153,15 +152,39 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
         self.project = project
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, hollow: bool = False) -> Tensor:
         x, gate, up = self.project(norm.source(x), self.gate_proj, self.up_proj)
-        (x,) = self.project(kernels.Gated(gate, up), self.down_proj, residual=x)
+        (x,) = self.project(kernels.Gated(gate, up), self.down_proj, residual=x, hollow=hollow)
         return x
 
 
-def recomputed(module: nn.Module, *inputs: object) -> Tensor:
-    """module(*inputs), of which only the inputs are kept: the backward pass runs it again."""
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+class Recomputed(torch.autograd.Function):
+    """run(x, hollow), of which only x is kept: the backward pass runs it again.
+
+    That time its own output is not needed, only what led to it; so with `hollow`, the last product is left out: a
+    quarter of a block's forward pass. (Otherwise this is torch.utils.checkpoint; Chen et al. 2016.)
+    """
+
+    @staticmethod
+    def forward(ctx, leaf: Tensor, x: Tensor, run: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x, False)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_(ctx.needs_input_grad[1])
+        with torch.enable_grad():
+            y = ctx.run(x, True)
+        y.backward(dy)
+        return None, x.grad, None
+
+
+def recomputed(run: Callable[[Tensor, bool], Tensor], x: Tensor) -> Tensor:
+    """See Recomputed. x [T, n] -> [T, n]."""
+    # A leaf that asks for a gradient, since in the first block x does not, but what learns inside `run` must.
+    return Recomputed.apply(torch.zeros((), requires_grad=True), x, run)
 
 
 class Block(nn.Module):
@@ -174,10 +197,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute_mlp: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute_mlp: bool = False, hollow: bool = False
+    ) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, cos, sin, attend)
         norm = self.post_attention_layernorm
-        return recomputed(self.mlp, x, norm) if recompute_mlp else self.mlp(x, norm)
+        if recompute_mlp:
+            return recomputed(lambda x, hollow: self.mlp(x, norm, hollow), x)
+        return self.mlp(x, norm, hollow)
 
 
 class Embedding(nn.Module):
@@ -231,7 +258,7 @@ class Llama(nn.Module):
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         for block in self.model.layers:
             if recompute == "block":
-                x = recomputed(block, x, cos, sin, attend)
+                x = recomputed(lambda x, hollow, block=block: block(x, cos, sin, attend, hollow=hollow), x)
             else:
                 x = block(x, cos, sin, attend, recompute == "mlp")
         return self.model.norm(x)

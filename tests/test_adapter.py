@@ -247,7 +247,7 @@ def test_gradients(model, config):
         a, b = (leaves[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         weights[linear] = linear.weight + config.scale * b @ a
 
-    def project(source, *linears, residual=0):
+    def project(source, *linears, residual=0, hollow=False):
         stream, x = [], source
         if isinstance(source, kernels.Normed):
             stream, x = [source.x], kernels.rms_norm(*source)
@@ -283,9 +283,9 @@ def test_dropout_inputs(model, monkeypatch):
     """q/k/v share a mask and so do gate and up; every layer and every other input has its own."""
     seen, projections = [], kernels.projections
 
-    def spy(x, frozen, updates, scale, p, keys, *rest):
+    def spy(x, frozen, updates, scale, p, keys, **rest):
         seen.append(keys)
-        return projections(x, frozen, updates, scale, p, keys, *rest)
+        return projections(x, frozen, updates, scale, p, keys, **rest)
 
     monkeypatch.setattr(kernels, "projections", spy)
     adapter = adapter_of(

@@ -107,16 +107,20 @@ def copy(x: Tensor, y: Tensor, keys: Tensor | None = None, p: float = 0.0) -> Te
 
 
 @triton.jit
-def _add_masked(
-    v,  # [T, r]
-    a,  # [r, n]
-    keys,  # int32 [T]
-    dx,  # [T, n], added to
+def _add_product(
+    u,  # [T, r]
+    a,  # [r, n], by its strides
+    keys,  # int32 [T], read if MASKED
+    base,  # [T, n]
+    out,  # [T, n]
     tokens,
     rank,
     n,
+    rank_stride,
+    column_stride,
     threshold,
     scale,
+    MASKED: tl.constexpr,
     TOKENS: tl.constexpr,
     PAIRS: tl.constexpr,
     RANK: tl.constexpr,
@@ -125,30 +129,30 @@ def _add_masked(
     pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     column = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
     there, inside = (token < tokens)[:, None], (column < n)[None, :]
+    right = a + column[None, :].to(tl.int64) * column_stride
     total = tl.zeros((TOKENS, 2 * PAIRS), dtype=tl.float32)
     for start in range(0, rank, RANK):
         r = start + tl.arange(0, RANK)
-        left = tl.load(v + token[:, None].to(tl.int64) * rank + r[None, :], mask=there & (r < rank)[None, :], other=0.0)
-        right = tl.load(a + r[:, None].to(tl.int64) * n + column[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    key = tl.load(keys + token, mask=token < tokens, other=0).to(tl.uint32, bitcast=True)
-    kept = _kept(key[:, None], pair[None, :], threshold)
-    at = dx + token[:, None].to(tl.int64) * n + column[None, :]
-    before = tl.load(at, mask=there & inside, other=0.0).to(tl.float32)
-    after = before + tl.where(kept, total * scale, 0.0)
-    tl.store(at, after.to(dx.dtype.element_ty), mask=there & inside)
+        us = tl.load(u + token[:, None].to(tl.int64) * rank + r[None, :], mask=there & (r < rank)[None, :], other=0.0)
+        rows = tl.load(right + r[:, None] * rank_stride, mask=(r < rank)[:, None] & inside, other=0.0)
+        total = tl.dot(us, rows, total, input_precision="ieee")
+    if MASKED:
+        key = tl.load(keys + token, mask=token < tokens, other=0).to(tl.uint32, bitcast=True)
+        total = tl.where(_kept(key[:, None], pair[None, :], threshold), total * scale, 0.0)
+    at = token[:, None].to(tl.int64) * n + column[None, :]
+    total += tl.load(base + at, mask=there & inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=there & inside)
 
 
-def add_masked(dx: Tensor, v: Tensor, a: Tensor, keys: Tensor | None, p: float) -> None:
-    """dx += m(v a), for dx [T, n], v [T, r] and a [r, n]."""
-    if p == 0:
-        dx.addmm_(v, a)
-        return
-    (tokens, rank), n = v.shape, a.shape[1]
-    rows, columns = (64, 128) if dx.itemsize == 2 else (32, 32)  # fp32 products take many registers
+def add_low_rank(base: Tensor, u: Tensor, a: Tensor, out: Tensor, keys: Tensor | None = None, p: float = 0.0) -> Tensor:
+    """out = base + m(u a), for base and out [T, n] (which may be one), u [T, r] and a [r, n]. Returns out."""
+    (tokens, rank), n = u.shape, a.shape[1]
+    masked, (rows, columns) = p > 0, (64, 128) if out.itemsize == 2 else (32, 32)  # fp32 takes many registers
     blocks = {"TOKENS": rows, "PAIRS": columns // 2, "RANK": min(64, max(16, triton.next_power_of_2(rank)))}
     grid = (triton.cdiv(tokens, rows), triton.cdiv(n, columns))
-    _add_masked[grid](v, a, keys, dx, tokens, rank, n, round(p * 2**16), 1 / (1 - p), **blocks)
+    numbers = tokens, rank, n, *a.stride(), round(p * 2**16), 1 / (1 - p)
+    _add_product[grid](u, a, keys if masked else u, base, out, *numbers, MASKED=masked, **blocks)
+    return out
 
 
 def _expanded(linear: FrozenLinear, out: Tensor) -> Tensor:
@@ -169,11 +173,6 @@ def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
     return len(update.a) % 8 == 0 and tokens * abs(n_out - n_in) > copied
 
 
-def _product(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
-    """x W^T, added to the residual if there is one."""
-    return x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
-
-
 def _stacked(updates: Sequence[LowRank]) -> tuple[Tensor, list[int]]:
     """Every A under the one before, and their ranks."""
     rows = [update.a_shadow for update in updates]
@@ -192,7 +191,7 @@ class Projections(torch.autograd.Function):
     """kind: the class of the source; first and second: its tensors; eps: its number."""
 
     @staticmethod
-    def forward(ctx, first, second, residual, kind, eps, frozen, updates, scale, p, keys, *leaves):
+    def forward(ctx, first, second, residual, kind, eps, frozen, updates, scale, p, keys, hollow, *leaves):
         ctx.kind, ctx.eps, ctx.frozen, ctx.updates, ctx.scale, ctx.p = kind, eps, frozen, updates, scale, p
         first = first.contiguous()
         tokens, n_in = first.shape
@@ -201,6 +200,8 @@ class Projections(torch.autograd.Function):
         held = [i for i, update in enumerate(updates) if update is not None]
         # Two at most: a copy of x has two sides.
         riding = [i for i in held if frozen[i].shape[0] > n_in and _pays(frozen[i], updates[i], tokens)][:2]
+        if hollow:
+            ys, riding = [first.new_empty(tokens, linear.shape[0]) for linear in frozen], []
         if riding:
             left, *right = (len(updates[i].a) for i in riding)
             room = first.new_empty(tokens, left + n_in + sum(right))
@@ -208,6 +209,11 @@ class Projections(torch.autograd.Function):
         else:
             x = _input(kind, first, second, eps)
         dropped = copy(x, x.new_empty(x.shape), keys, p) if p and held else x
+        if held:
+            a, ranks = _stacked([updates[i] for i in held])
+            u = scaled_product(dropped, a.t(), scale, x.new_empty(tokens, len(a)))
+            for i, u_i in zip(held, u.split(ranks, dim=1), strict=True):
+                us[i] = u_i
         if riding:
             # Where an update rides: its columns of `room`, and where in them (and in its weight) u and x stand.
             sides = (
@@ -215,21 +221,20 @@ class Projections(torch.autograd.Function):
                 (room[:, left:], slice(n_in, None), slice(0, n_in)),  # [x | u_1]
             )
             for i, (both, beside, base) in zip(riding, sides, strict=False):
-                u = scaled_product(dropped, updates[i].a_shadow.t(), scale, both[:, beside])
-                us[i] = copy(u, u.new_empty(u.shape))  # a view would keep all of `room`
                 weight = x.new_empty(frozen[i].shape[0], both.shape[1])
+                copy(us[i], both[:, beside])
                 copy(updates[i].b_shadow, weight[:, beside])
                 _expanded(frozen[i], weight[:, base])
-                ys[i] = _product(both, weight, residual)
+                ys[i] = both @ weight.t() if residual is None else torch.addmm(residual, both, weight.t())
         for i in range(len(frozen)):
-            if i not in riding:
-                ys[i] = _product(x, _dense(frozen[i], x), residual)
-        if adding := [i for i in held if i not in riding]:
-            a, ranks = _stacked([updates[i] for i in adding])
-            u = scaled_product(dropped, a.t(), scale, x.new_empty(tokens, len(a)))
-            for i, u_i in zip(adding, u.split(ranks, dim=1), strict=True):
-                us[i] = u_i
-                ys[i].addmm_(u_i, updates[i].b_shadow.t())
+            if ys[i] is None:
+                weight, b = _dense(frozen[i], x).t(), updates[i].b_shadow.t() if updates[i] is not None else None
+                if residual is not None and b is not None:
+                    # PyTorch would copy the residual first.
+                    ys[i] = add_low_rank(residual, us[i], b, torch.empty_like(residual)).addmm_(x, weight)
+                else:
+                    ys[i] = x @ weight if residual is None else torch.addmm(residual, x, weight)
+                    ys[i] = ys[i] if b is None else ys[i].addmm_(us[i], b)
         needed = second is not None or (held and not p)
         ctx.save_for_backward(first if needed else None, second, dropped if p and held else None, keys, *us)
         return (first, *ys) if kind is Normed else tuple(ys)
@@ -268,7 +273,7 @@ class Projections(torch.autograd.Function):
                 weight = _dense(linear, dy)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if held:
-                add_masked(dx, v, a, keys, p)
+                dx = add_low_rank(dx, v, a, dx, keys, p) if p else dx.addmm_(v, a)
         # From the gradient of the input to that of its source; on the way the input is made again, for dA.
         if want_dx and kind is Normed:
             d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, again)
@@ -277,10 +282,14 @@ class Projections(torch.autograd.Function):
         else:
             d_first, x = dx, _input(kind, first, second, ctx.eps) if again else None
         if held:
-            for update, da_i in zip(updates, wide_product(v.t(), dropped if p else x).split(ranks), strict=True):
-                update.a.grad += da_i
+            x = dropped if p else x
+            if len(held) == 1:
+                add_product(updates[0].a.grad, v.t(), x)
+            else:
+                for update, da_i in zip(updates, wide_product(v.t(), x).split(ranks), strict=True):
+                    update.a.grad += da_i
         d_residual = dys[0] if ctx.needs_input_grad[2] else None
-        return d_first, d_second, d_residual, *[None] * (7 + 2 * len(held))
+        return d_first, d_second, d_residual, *[None] * (8 + 2 * len(held))
 
 
 def projections(
@@ -291,9 +300,10 @@ def projections(
     p: float = 0.0,
     keys: Tensor | None = None,
     residual: Tensor | None = None,
+    hollow: bool = False,
 ) -> list[Tensor]:
     """See reference.projections."""
     leaves = [leaf for update in updates if update is not None for leaf in (update.a, update.b)]
     first, second, eps = (source, None, 0.0) if isinstance(source, Tensor) else (*source, 0.0)[:3]
-    rest = (frozen, updates, scale, p, keys, *leaves)
+    rest = (frozen, updates, scale, p, keys, hollow, *leaves)
     return list(Projections.apply(first, second, residual, type(source), eps, *rest))
