@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused import nf4
+from kernels.fused.dropout import coin, copy, kept
 from kernels.fused.rms_norm import normalise, normalise_backward
 from kernels.fused.swiglu import swiglu, swiglu_backward
 from kernels.reference import (
@@ -49,61 +50,6 @@ from kernels.reference import (
     scaled_product,
     wide_product,
 )
-
-BLOCK = 1024
-
-
-@triton.jit
-def _mix(x):
-    """reference._mix; x uint32."""
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _kept(keys, pair, threshold):
-    """reference.dropout_mask of channels 2 pair and 2 pair + 1: keys uint32 [..., 1], pair [..., P] -> [..., 2 P]."""
-    bits = _mix(keys ^ (pair.to(tl.uint32) * 0x9E3779B9))
-    return tl.interleave(bits & 0xFFFF, bits >> 16) >= threshold
-
-
-@triton.jit
-def _copy(
-    x,  # [T, n], rows `stride` apart
-    keys,  # int32 [T], read if MASKED
-    y,  # [T, n], rows `y_stride` apart
-    n,
-    stride,
-    y_stride,
-    threshold,
-    scale,
-    MASKED: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
-    column = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
-    inside = column < n
-    value = tl.load(x + row * stride + column, mask=inside, other=0.0)
-    if MASKED:
-        kept = _kept(tl.load(keys + row).to(tl.uint32, bitcast=True), pair, threshold)
-        value = tl.where(kept, value.to(tl.float32) * scale, 0.0).to(y.dtype.element_ty)
-    tl.store(y + row * y_stride + column, value, mask=inside)
-
-
-def copy(x: Tensor, y: Tensor, keys: Tensor | None = None, p: float = 0.0) -> Tensor:
-    """y = m(x): each input stays with probability 1 - p (reference.dropout_mask), and is scaled by 1 / (1 - p).
-
-    Rows of x and y [T, n] may lie apart, for which PyTorch's copy takes twice as long. Returns y.
-    """
-    masked, grid = p > 0, (len(x), triton.cdiv(x.shape[1], BLOCK))
-    keys = keys if masked else x
-    launch = {"MASKED": masked, "PAIRS": BLOCK // 2}
-    _copy[grid](x, keys, y, x.shape[1], x.stride(0), y.stride(0), round(p * 2**16), 1 / (1 - p), **launch)
-    return y
 
 
 @triton.jit
@@ -137,8 +83,8 @@ def _add_product(
         rows = tl.load(right + r[:, None] * rank_stride, mask=(r < rank)[:, None] & inside, other=0.0)
         total = tl.dot(us, rows, total, input_precision="ieee")
     if MASKED:
-        key = tl.load(keys + token, mask=token < tokens, other=0).to(tl.uint32, bitcast=True)
-        total = tl.where(_kept(key[:, None], pair[None, :], threshold), total * scale, 0.0)
+        key = tl.load(keys + token, mask=token < tokens, other=0)
+        total = tl.where(kept(key[:, None], pair[None, :], threshold), total * scale, 0.0)
     at = token[:, None].to(tl.int64) * n + column[None, :]
     total += tl.load(base + at, mask=there & inside, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there & inside)
@@ -150,7 +96,7 @@ def add_low_rank(base: Tensor, u: Tensor, a: Tensor, out: Tensor, keys: Tensor |
     masked, (rows, columns) = p > 0, (64, 128) if out.itemsize == 2 else (32, 32)  # fp32 takes many registers
     blocks = {"TOKENS": rows, "PAIRS": columns // 2, "RANK": min(64, max(16, triton.next_power_of_2(rank)))}
     grid = (triton.cdiv(tokens, rows), triton.cdiv(n, columns))
-    numbers = tokens, rank, n, *a.stride(), round(p * 2**16), 1 / (1 - p)
+    numbers = tokens, rank, n, *a.stride(), *coin(p)
     _add_product[grid](u, a, keys if masked else u, base, out, *numbers, MASKED=masked, **blocks)
     return out
 
@@ -179,12 +125,28 @@ def _stacked(updates: Sequence[LowRank]) -> tuple[Tensor, list[int]]:
     return rows[0] if len(rows) == 1 else torch.cat(rows), [len(a) for a in rows]
 
 
-def _input(kind: type, first: Tensor, second: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
-    """The value of a source [T, in]; if `out` is given, there, and its rows may lie apart."""
+def _input(
+    kind: type,
+    first: Tensor,
+    second: Tensor | None,
+    eps: float,
+    x: Tensor | None,
+    dropped: Tensor | None,
+    keys,
+    p: float,
+) -> Tensor:
+    """The value of a source [T, in], in `x` if that is given, whose rows may lie apart; and m of it in `dropped`, if
+    that
+    is."""
     if kind is Normed:
-        return normalise(first, second, eps, torch.empty_like(first) if out is None else out)
-    x = swiglu(first, second) if kind is Gated else first
-    return x if out is None else copy(x, out)
+        return normalise(first, second, eps, torch.empty_like(first) if x is None else x, dropped, keys, p)
+    if kind is Gated:
+        value = swiglu(first, second, dropped, keys, p)
+    else:
+        value = first
+        if dropped is not None:
+            copy(first, dropped, keys, p)
+    return value if x is None else copy(value, x)
 
 
 class Projections(torch.autograd.Function):
@@ -202,16 +164,15 @@ class Projections(torch.autograd.Function):
         riding = [i for i in held if frozen[i].shape[0] > n_in and _pays(frozen[i], updates[i], tokens)][:2]
         if hollow:
             ys, riding = [first.new_empty(tokens, linear.shape[0]) for linear in frozen], []
+        x, dropped = None, first.new_empty(first.shape) if p and held else None
         if riding:
             left, *right = (len(updates[i].a) for i in riding)
             room = first.new_empty(tokens, left + n_in + sum(right))
-            x = _input(kind, first, second, eps, room[:, left : left + n_in])
-        else:
-            x = _input(kind, first, second, eps)
-        dropped = copy(x, x.new_empty(x.shape), keys, p) if p and held else x
+            x = room[:, left : left + n_in]
+        x = _input(kind, first, second, eps, x, dropped, keys, p)
         if held:
             a, ranks = _stacked([updates[i] for i in held])
-            u = scaled_product(dropped, a.t(), scale, x.new_empty(tokens, len(a)))
+            u = scaled_product(x if dropped is None else dropped, a.t(), scale, x.new_empty(tokens, len(a)))
             for i, u_i in zip(held, u.split(ranks, dim=1), strict=True):
                 us[i] = u_i
         if riding:
@@ -235,13 +196,14 @@ class Projections(torch.autograd.Function):
                 else:
                     ys[i] = x @ weight if residual is None else torch.addmm(residual, x, weight)
                     ys[i] = ys[i] if b is None else ys[i].addmm_(us[i], b)
-        needed = second is not None or (held and not p)
-        ctx.save_for_backward(first if needed else None, second, dropped if p and held else None, keys, *us)
+        plain = second is None
+        saved = (dropped if p else first) if plain and held else None if plain else first
+        ctx.save_for_backward(saved, second, keys, *us)
         return (first, *ys) if kind is Normed else tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):
-        first, second, dropped, keys, *us = ctx.saved_tensors
+        first, second, keys, *us = ctx.saved_tensors  # in the place of a plain input, m of it
         kind, frozen, p, want_dx = ctx.kind, ctx.frozen, ctx.p, ctx.needs_input_grad[0]
         dys = [dy.contiguous() for dy in dys]
         dt = dys.pop(0) if kind is Normed else None
@@ -262,7 +224,7 @@ class Projections(torch.autograd.Function):
             for i, update, v_i in zip(held, updates, v.split(ranks, dim=1), strict=True):
                 scaled_product(dys[i], update.b_shadow, ctx.scale, v_i)
                 add_product(update.b.grad, dys[i].t(), us[i])
-        dx, again, d_first, d_second = None, p == 0 and bool(held), None, None
+        dx, d_first, d_second = None, None, None
         if rides:
             weight = dys[0].new_empty(n_out + len(a), n_in)  # [W ; A]
             _expanded(frozen[0], weight[:n_out])
@@ -274,15 +236,19 @@ class Projections(torch.autograd.Function):
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if held:
                 dx = add_low_rank(dx, v, a, dx, keys, p) if p else dx.addmm_(v, a)
-        # From the gradient of the input to that of its source; on the way the input is made again, for dA.
+        weight = None  # the largest tensor around
+        # From the gradient of the input to that of its source; on the way m(x) is made again, for dA.
         if want_dx and kind is Normed:
-            d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, again)
+            d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, bool(held), keys, p)
         elif want_dx and kind is Gated:
-            d_first, d_second, x = swiglu_backward(first, second, dx, again)
+            d_first, d_second, x = swiglu_backward(first, second, dx, bool(held), keys, p)
+        elif held and second is not None:
+            dropped = torch.empty_like(first) if p else None
+            x = _input(kind, first, second, ctx.eps, None, dropped, keys, p)
+            x = x if dropped is None else dropped
         else:
-            d_first, x = dx, _input(kind, first, second, ctx.eps) if again else None
+            d_first, x = dx, first
         if held:
-            x = dropped if p else x
             if len(held) == 1:
                 add_product(updates[0].a.grad, v.t(), x)
             else:

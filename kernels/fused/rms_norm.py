@@ -7,8 +7,8 @@ With g = w * dy, and dt what reaches x by the stream itself:
     dx = dt + rho * (g - x * rho^2 * mean(g * x))            (reference.RMSNorm has the derivation)
 
 Nothing is saved but x, which the stream keeps anyway: backward has x in registers, so it makes rho again, and y too
-where a linear wants its input back. In 16 bits a row of n moves 2n bytes for each of x, y forward and x, dy, dt, dx, y
-backward.
+where a linear wants its input back, with or without dropout. In 16 bits a row of n moves 2n bytes for each of x, y
+forward and x, dy, dt, dx, y backward.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fused.dropout import coin, kept
+
 
 @triton.jit
 def _forward(
     x,  # [T, n]
     weight,  # [n]
     y,  # [T, n], rows `stride` apart
+    dropped,  # [T, n], written if MASKED
+    keys,  # int32 [T], read if MASKED
     n,
     stride,
     eps,
+    threshold,
+    scale,
+    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -34,21 +41,28 @@ def _forward(
     wide = tl.load(x + row * n + column, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     rho = tl.rsqrt(tl.sum(wide * wide) / n + eps)
-    tl.store(y + row * stride + column, (wide * rho * w).to(y.dtype.element_ty), mask=inside)
+    out = wide * rho * w
+    tl.store(y + row * stride + column, out.to(y.dtype.element_ty), mask=inside)
+    if MASKED:
+        out = tl.where(kept(tl.load(keys + row), tl.arange(0, BLOCK // 2), threshold), out * scale, 0.0)
+        tl.store(dropped + row * n + column, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
     x,  # [T, n]
     weight,  # [n]
-    dy,  # [T, n]
+    dy,  # [T, n], overwritten by y if AGAIN
     dt,  # [T, n], read if ADDED
     dx,  # [T, n]
-    y,  # [T, n], written if AGAIN
+    keys,  # int32 [T], read if MASKED
     n,
     eps,
+    threshold,
+    scale,
     ADDED: tl.constexpr,
     AGAIN: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, column = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BLOCK)
@@ -62,31 +76,39 @@ def _backward(
         out += tl.load(dt + row + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx + row + column, out.to(dx.dtype.element_ty), mask=inside)
     if AGAIN:
-        tl.store(y + row + column, (wide * rho * w).to(y.dtype.element_ty), mask=inside)
+        out = wide * rho * w
+        if MASKED:
+            key = tl.load(keys + tl.program_id(0))
+            out = tl.where(kept(key, tl.arange(0, BLOCK // 2), threshold), out * scale, 0.0)
+        tl.store(dy + row + column, out.to(dy.dtype.element_ty), mask=inside)
 
 
 def _layout(n: int) -> dict[str, int]:
     """A row in one block, and warps enough that a thread holds at most 16 of its numbers."""
-    block = triton.next_power_of_2(n)
+    block = max(2, triton.next_power_of_2(n))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
-    """Writes rms_norm(x) [T, n] to y, whose rows may lie apart. Returns y."""
-    _forward[(len(x),)](x, weight, y, x.shape[1], y.stride(0), eps, **_layout(x.shape[1]))
+def normalise(
+    x: Tensor, weight: Tensor, eps: float, y: Tensor, dropped: Tensor | None = None, keys=None, p: float = 0.0
+) -> Tensor:
+    """rms_norm(x) [T, n], written to y, whose rows may lie apart; and m of it to `dropped`, if that is given."""
+    # What is neither read nor written may be any tensor.
+    masked = dropped is not None and p > 0
+    tensors = (x, weight, y, dropped if masked else y, keys if masked else x)
+    _forward[(len(x),)](*tensors, x.shape[1], y.stride(0), eps, *coin(p), MASKED=masked, **_layout(x.shape[1]))
     return y
 
 
 def normalise_backward(
-    x: Tensor, weight: Tensor, eps: float, dy: Tensor, dt: Tensor | None, again: bool
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, dt: Tensor | None, again: bool, keys=None, p: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """dx, and y if it is wanted again; all [T, n]."""
-    dx, y = torch.empty_like(x), torch.empty_like(x) if again else None
-    # What is neither read nor written may be any tensor.
-    tensors = (x, weight, dy, dy if dt is None else dt, dx, dx if y is None else y)
-    flags = {"ADDED": dt is not None, "AGAIN": again}
-    _backward[(len(x),)](*tensors, x.shape[1], eps, **flags, **_layout(x.shape[1]))
-    return dx, y
+    """dx, and m(y) if it is wanted again, in the place of dy; all [T, n]."""
+    dx = torch.empty_like(x)
+    tensors = (x, weight, dy, dy if dt is None else dt, dx, keys if p else x)
+    flags = {"ADDED": dt is not None, "AGAIN": again, "MASKED": p > 0}
+    _backward[(len(x),)](*tensors, x.shape[1], eps, *coin(p), **flags, **_layout(x.shape[1]))
+    return dx, dy if again else None
 
 
 class RMSNorm(torch.autograd.Function):

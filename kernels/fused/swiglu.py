@@ -3,8 +3,8 @@
     dg = dy u sigma (1 + g (1 - sigma))        du = dy silu(g)
 
 Only g and u are kept, which the two projections made: backward has them in registers, so it makes sigma again, for an
-exponential is cheaper than memory, and y too where the linear after it wants its input back. Forward moves three
-numbers an element, backward five, or six with y.
+exponential is cheaper than memory, and y too where the linear after it wants its input back, with or without dropout.
+Forward moves three numbers an element, backward five, or six with y.
 """
 
 from __future__ import annotations
@@ -14,38 +14,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fused.dropout import coin, kept
+
 BLOCK = 1024
 
 
 @triton.jit
 def _forward(
-    gate,  # [n]
-    up,  # [n]
-    y,  # [n]
+    gate,  # [T, n]
+    up,  # [T, n]
+    y,  # [T, n]
+    dropped,  # [T, n], written if MASKED
+    keys,  # int32 [T], read if MASKED
     n,
-    BLOCK: tl.constexpr,
+    threshold,
+    scale,
+    MASKED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
+    row, pair = tl.program_id(0).to(tl.int64), tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    column = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
+    inside, i = column < n, row * n + column
     g = tl.load(gate + i, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + i, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=inside)
+    out = g * tl.sigmoid(g) * u
+    tl.store(y + i, out.to(y.dtype.element_ty), mask=inside)
+    if MASKED:
+        out = tl.where(kept(tl.load(keys + row), pair, threshold), out * scale, 0.0)
+        tl.store(dropped + i, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    gate,  # [n]
-    up,  # [n]
-    dy,  # [n]
-    d_gate,  # [n]
-    d_up,  # [n]
-    y,  # [n], written if AGAIN
+    gate,  # [T, n]
+    up,  # [T, n]
+    dy,  # [T, n], overwritten by y if AGAIN
+    d_gate,  # [T, n]
+    d_up,  # [T, n]
+    keys,  # int32 [T], read if MASKED
     n,
+    threshold,
+    scale,
     AGAIN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
+    row, pair = tl.program_id(0).to(tl.int64), tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    column = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
+    inside, i = column < n, row * n + column
     g = tl.load(gate + i, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(dy + i, mask=inside, other=0.0).to(tl.float32)
@@ -53,19 +69,29 @@ def _backward(
     tl.store(d_gate + i, (d * u * sigma * (1 + g * (1 - sigma))).to(d_gate.dtype.element_ty), mask=inside)
     tl.store(d_up + i, (d * g * sigma).to(d_up.dtype.element_ty), mask=inside)
     if AGAIN:
-        tl.store(y + i, (g * sigma * u).to(y.dtype.element_ty), mask=inside)
+        out = g * sigma * u
+        if MASKED:
+            out = tl.where(kept(tl.load(keys + row), pair, threshold), out * scale, 0.0)
+        tl.store(dy + i, out.to(dy.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [T, n] -> silu(gate) * up [T, n]."""
-    y = torch.empty_like(gate)
-    _forward[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, y.numel(), BLOCK)
+def _grid(x: Tensor) -> tuple[int, int]:
+    return len(x), triton.cdiv(x.shape[1], BLOCK)
+
+
+def swiglu(gate: Tensor, up: Tensor, dropped: Tensor | None = None, keys=None, p: float = 0.0) -> Tensor:
+    """gate, up [T, n] -> y = silu(gate) * up [T, n]; and m(y) in `dropped`, if that is given."""
+    y, masked = torch.empty_like(gate), dropped is not None and p > 0
+    tensors = (gate, up, y, dropped if masked else y, keys if masked else y)
+    _forward[_grid(y)](*tensors, y.shape[1], *coin(p), MASKED=masked, PAIRS=BLOCK // 2)
     return y
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d_gate, d_up, and y if it is wanted again; all [T, n]."""
-    d_gate, d_up, y = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(dy) if again else None
-    tensors = (gate, up, dy, d_gate, d_up, dy if y is None else y)
-    _backward[(triton.cdiv(dy.numel(), BLOCK),)](*tensors, dy.numel(), again, BLOCK)
-    return d_gate, d_up, y
+def swiglu_backward(
+    gate: Tensor, up: Tensor, dy: Tensor, again: bool, keys=None, p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """d_gate, d_up, and m(y) if it is wanted again, in the place of dy; all [T, n]."""
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    tensors = (gate, up, dy, d_gate, d_up, keys if p else dy)
+    _backward[_grid(dy)](*tensors, dy.shape[1], *coin(p), AGAIN=again, MASKED=p > 0, PAIRS=BLOCK // 2)
+    return d_gate, d_up, dy if again else None
