@@ -115,14 +115,16 @@ def test_step_in_16_bits(tmp_path, ops, device, dropout, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
 def test_two_hundred_steps(smollm2, tmp_path, ops, device):
-    """SmolLM2 on a1 lists with dropout: every loss within 1 % or 0.01 nats of the run on reference ops, op by op."""
+    """SmolLM2 on a1 lists with dropout, against the reference ops in fp32: no loss is further off, give or take 1 % or
+    0.01 nats, than that of the reference in bf16, which loses more (benchmarks/RESULTS.md)."""
     flags = ["--level", "a1", "--model", str(smollm2), "--grad-accum", "1", "--epochs", "20", "--lora-dropout", "0.05"]
     losses = []
-    for module, more in ((reference, ["--no-graphs"]), (fused, [])):
+    for module, more in ((reference, ["--dtype", "fp32"]), (reference, ["--no-graphs"]), (fused, [])):
         ops(module)
-        run = tmp_path / module.__name__
+        run = tmp_path / str(len(losses))
         assert train.main([*flags, *more, "--device", device, "--run-dir", str(run)]) == 0
         losses.append([line["loss"] for line in read_metrics(run) if line["kind"] == "train"])
-    assert len(losses[0]) == len(losses[1]) == 200
-    for step, (wanted, loss) in enumerate(zip(*losses, strict=True)):
-        assert abs(loss - wanted) <= max(0.01, 0.01 * wanted), f"step {step + 1}: {loss}, on the reference {wanted}"
+    assert [len(some) for some in losses] == [200, 200, 200]
+    for step, (exact, plain, loss) in enumerate(zip(*losses, strict=True)):
+        bound = abs(plain - exact) + max(0.01, 0.01 * exact)
+        assert abs(loss - exact) <= bound, f"step {step + 1}: {loss}, exactly {exact}, on the reference in bf16 {plain}"
