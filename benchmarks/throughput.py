@@ -98,11 +98,14 @@ WORKLOADS = {
 
 
 def matmul_flops(shape: Shape, work: Workload) -> int:
-    """A token's: the base forward, backward to its input, and again if recomputed; the update also to its weights."""
-    base = shape.layers * sum(out * into for out, into in shape.linears)
-    update = shape.layers * sum(work.rank * (out + into) for out, into in shape.linears)
-    forwards = 1 if work.recompute == "none" else 2
-    return 2 * ((forwards + 1) * base + (forwards + 2) * update + 2 * VOCABULARY * shape.hidden)
+    """A token's: the base forward, and backward to its input; the update also to its weights. Of a block that is run
+    again the last product is not needed, and of an MLP neither."""
+    again = {"none": [], "mlp": shape.linears[4:6], "block": shape.linears[:6]}[work.recompute]
+
+    def macs(linears: list[tuple[int, int]], base: int, update: int) -> int:
+        return sum(base * out * into + update * work.rank * (out + into) for out, into in linears)
+
+    return 2 * (shape.layers * (macs(shape.linears, 2, 3) + macs(again, 1, 1)) + 2 * VOCABULARY * shape.hidden)
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """The trainer's ops by name. Callers never ask which implementation they get.
 
-Each op is defined in `reference.py`, in plain PyTorch that runs on any device. `fused/` has them for CUDA GPUs of
-compute capability 8.0 (Ampere) or more: Triton kernels, and PyTorch's flash attention.
+Each op is defined in `reference.py`, in plain PyTorch that runs on any device (but for 8-bit AdamW, which is
+bitsandbytes'). `fused/` has them as Triton kernels, for CUDA GPUs of compute capability 8.0 (Ampere) or more.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""Every op of the trainer in plain PyTorch: the definition that kernels are tested against, and the path that a CPU
-takes.
+"""Every op of the trainer in plain PyTorch (8-bit AdamW is bitsandbytes'): the definition that kernels are tested
+against, and the path that a CPU takes.
 
 Tokens are *packed*: a micro-batch is one row of T tokens, whole examples back to back, and no padding anywhere. So x is
 [T, hidden], q is [T, heads, head_dim], and `lengths` says where one example ends and the next begins.
@@ -368,7 +368,7 @@ def scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
 
 
 class Projections(torch.autograd.Function):
-    """y_i = x W_i^T + u_i B_i^T with u_i = s m(x) A_i^T, for linears that read the same x; m is dropout.
+    """y_i = x W_i^T + u_i B_i^T [+ residual] with u_i = s m(x) A_i^T, for linears that read the same x; m is dropout.
 
     With v_i = s dy_i B_i:   dx = sum_i dy_i W_i + m(sum_i v_i A_i),   dA_i += v_i^T m(x),   dB_i += dy_i^T u_i.
     W_i is frozen: expanded when needed, used, thrown away, and never differentiated. Saved: m(x) and the skinny u_i.

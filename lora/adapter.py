@@ -48,6 +48,7 @@ class Adapter:
     grad     fp32 [n]: the gradient, to which every backward pass adds
     shadow   compute dtype [n]: `flat` as the forward pass reads it (`flat` itself in fp32)
     updates  full name of a linear -> its `kernels.LowRank` views
+    keys     int32 [4 * layers, T] inside `dropping`: a row for every input of every block; else None
     """
 
     def __init__(self, model: Llama, config: LoraConfig, seed: int):
@@ -146,10 +147,7 @@ class Adapter:
 
     @contextmanager
     def dropping(self, token_keys: Tensor) -> Iterator[None]:
-        """Dropout is on inside the `with` block (it must hold the backward pass too); token_keys int32 [T].
-
-        Every input of every block has its keys, a row of `keys` int32 [4 * layers, T].
-        """
+        """Dropout is on inside the `with` block (it must hold the backward pass too); token_keys int32 [T]."""
         if self.config.dropout:
             inputs = torch.arange(4 * self.layers, dtype=torch.int32, device=token_keys.device)
             self.keys = kernels.mix_keys(token_keys, inputs[:, None])

@@ -436,15 +436,17 @@ def make_pack(indices: list[int], examples: Sequence[Example]) -> Pack:
 
 
 def pack_examples(indices: Sequence[int], examples: Sequence[Example], budget: int) -> list[Pack]:
-    """These examples in as few rows as a budget of tokens allows, all nearly equally long; an example that alone is
-    longer has a row of its own.
+    """These examples in few rows of at most `budget` tokens, all nearly equally long; an example that alone is longer
+    has a row of its own.
 
     Longest first, each to the shortest row so far (Graham 1969), with one row more until no row is too long. So equally
     long examples end up as neighbours, which attention can take as one batch.
     """
     order = sorted(indices, key=lambda index: -len(examples[index].ids))
     lengths = [len(examples[index].ids) for index in order]
-    for count in range(min(len(order), -(-sum(lengths) // budget)), len(order) + 1):
+    # No two examples of over half the budget share a row.
+    least = max(-(-sum(lengths) // budget), sum(2 * length > budget for length in lengths))
+    for count in range(min(least, len(order)), len(order) + 1):
         rows = [[] for _ in range(count)]
         heap = [(0, row) for row in range(count)]  # tokens so far, which row
         for index, length in zip(order, lengths, strict=True):

@@ -33,8 +33,8 @@ class Forward(Protocol):
 
     def __call__(self, pack: Pack) -> Tensor: ...
 
-    def clear(self) -> None:
-        """Gives back what is kept from pack to pack."""
+    def clear(self) -> bool:
+        """Gives back what is kept from pack to pack, and says whether that was anything."""
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -52,8 +52,8 @@ class Eager:
         ids, positions = (upload(tensor, self.model.head.device) for tensor in (pack.ids, pack.positions))
         return self.model(ids, positions, packed(pack.lengths))
 
-    def clear(self) -> None:
-        """Nothing is kept."""
+    def clear(self) -> bool:
+        return False
 
 
 class Size(NamedTuple):
@@ -103,7 +103,8 @@ class Inputs:
         parts = (self.ids[:n], pack.ids), (self.positions[:n], pack.positions), (self.starts, size.starts(pack))
         for place, tensor in parts:
             place.copy_(upload(tensor, device), non_blocking=True)
-        # What an earlier pack left behind serves as padding: any ids and positions will do.
+        self.ids[n:].zero_()
+        self.positions[n:].zero_()
         if keys is not None:
             self.keys[:, :n].copy_(keys)
 
@@ -134,36 +135,41 @@ class _Replay(torch.autograd.Function):
 
 
 class Graphs:
-    """A `Forward` by graphs, one pair for each size that comes along. Packs must run one after the other: forward, then
+    """A `Forward` by graphs, one pair for each size that comes along twice. Packs must run one after the other:
+    forward, then
     backward, since all graphs share one pool of memory."""
 
     def __init__(self, model: Llama, adapter: Adapter):
         self.model, self.adapter = model, adapter
         # Autograd calls a backward pass only where something asks for a gradient.
         self.leaf = torch.zeros((), device=model.head.device, requires_grad=True)
-        self.warm = False
+        self.inputs: dict[Size, Inputs] = {}
+        self.captured: dict[Size, Captured] = {}
         self.clear()
 
     @staticmethod
     def possible(model: Llama) -> bool:
         return kernels.takes_starts(model.head, model.dtype, model.config.head_dim)
 
-    def clear(self) -> None:
-        """Gives back all graphs and their memory."""
+    def clear(self) -> bool:
+        """Gives back all graphs and their memory; whether there were any."""
+        held = bool(self.captured)
         self.pool = torch.cuda.graph_pool_handle()
-        self.inputs: dict[Size, Inputs] = {}
-        self.captured: dict[Size, Captured] = {}
+        self.inputs, self.captured = {}, {}
+        return held
 
     def __call__(self, pack: Pack) -> Tensor:
         size, keys = Size.of(pack), self.adapter.keys
-        if size not in self.inputs:
+        first = size not in self.inputs
+        if first:
             self.inputs[size] = Inputs.empty(size, keys, self.leaf.device)
         inputs = self.inputs[size]
         inputs.fill(pack, size, keys)
+        # The rest of this pass, backward too, draws its masks by the keys in the fixed places.
         self.adapter.keys = inputs.keys
-        if not self.warm:
-            # The first pack of all runs op by op: libraries load and kernels compile, which no graph could hold.
-            self.warm = True
+        if first:
+            # Op by op, with nothing else changed: kernels compile and libraries load, which no graph could hold. And a
+            # size that comes once is not worth a graph.
             return self._run(inputs)
         if size not in self.captured:
             self.captured[size] = self._capture(inputs)

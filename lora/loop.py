@@ -188,24 +188,25 @@ def in_packs(
     examples: Sequence[Example],
     state: State,
     log: RunLog,
-    release: Callable[[], None],
+    release: Callable[[], bool],
 ) -> T:
     """work(these examples in packs). If the GPU's memory runs out: again, and from then on, in packs of half the size.
 
     However examples are packed, the step is the same but for the last bits, so to make it again is all it takes.
-    release: gives back memory that was kept for packs of the old size.
+    release: gives back memory that was kept for packs of the old size, and says whether there was any.
     """
     while True:
         packs = pack_examples(indices, examples, state.micro_batch_tokens)
+        smallest = all(len(pack.lengths) == 1 for pack in packs)
         try:
             return work(packs)
         except torch.OutOfMemoryError:
-            if all(len(pack.lengths) == 1 for pack in packs):
+            if not release() and smallest:
                 raise
         # Only now are the tensors free that the error's traceback held.
-        release()
         torch.cuda.empty_cache()
-        state.micro_batch_tokens = max(len(pack.ids) for pack in packs) // 2
+        if not smallest:
+            state.micro_batch_tokens = max(len(pack.ids) for pack in packs) // 2
         log.event(state.step, f"memory ran out; from here on {state.micro_batch_tokens} tokens a micro-batch")
 
 

@@ -1,6 +1,6 @@
 """The LoRA linear on a GPU: where an update can ride along in the GEMM of its base weight, it does.
 
-    y_i = x W_i^T + u_i B_i^T          u_i = s m(x) A_i^T            m: dropout
+    y_i = x W_i^T + u_i B_i^T [+ residual]          u_i = s m(x) A_i^T            m: dropout
     dx  = sum_i dy_i W_i + m(sum_i v_i A_i)          v_i = s dy_i B_i          dA_i += v_i^T m(x)    dB_i += dy_i^T u_i
 
 (reference.Projections has the derivation.) The skinny products u and v cost little; adding u B^T to a y that is there
@@ -19,12 +19,15 @@ expanded anyway and may as well be expanded beside B (a W in 16 bits is copied).
 Two linears that ride along share one copy of x: with [u_0 | x | u_1], the first reads the left columns and [B_0 | W_0],
 the second the right ones and [W_1 | B_1]. A norm before them writes x there itself.
 
-x is not saved. It is the normalised stream or the gated product (reference.Normed, Gated), and the kernel that takes
-the gradient back through those has all in hand that x is made of, so it writes x once more, for dA.
+A residual is added on the way: for o and down, residual + u B^T is one pass of a small GEMM in Triton, and the large
+one adds to that (PyTorch would copy the residual first).
 
-Dropout masks the input of A alone. The mask is a hash of (token's key, channel), so backward draws it again, inside the
-small GEMM that adds m(v A) to a dx that is there already. Then m(x) is
-saved, to save the drawing.
+Of an x that is the normalised stream or the gated product (reference.Normed, Gated) nothing is saved: the kernel that
+takes the gradient back through those has all in hand that x is made of, so it writes m(x) once more, for dA. A plain x
+is saved, as m(x).
+
+Dropout masks the input of A alone (dropout.py): where x is made, m(x) is written beside it, and m(v A) is added to a dx
+that is there already by the same small GEMM, which draws the mask as it goes.
 """
 
 from __future__ import annotations
@@ -155,7 +158,7 @@ class Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, first, second, residual, kind, eps, frozen, updates, scale, p, keys, hollow, *leaves):
         ctx.kind, ctx.eps, ctx.frozen, ctx.updates, ctx.scale, ctx.p = kind, eps, frozen, updates, scale, p
-        first = first.contiguous()
+        first, second, residual = (x if x is None else x.contiguous() for x in (first, second, residual))
         tokens, n_in = first.shape
         ys: list[Tensor | None] = [None] * len(frozen)
         us: list[Tensor | None] = [None] * len(frozen)
@@ -187,6 +190,7 @@ class Projections(torch.autograd.Function):
                 copy(updates[i].b_shadow, weight[:, beside])
                 _expanded(frozen[i], weight[:, base])
                 ys[i] = both @ weight.t() if residual is None else torch.addmm(residual, both, weight.t())
+                del weight  # before the next one is expanded
         for i in range(len(frozen)):
             if ys[i] is None:
                 weight, b = _dense(frozen[i], x).t(), updates[i].b_shadow.t() if updates[i] is not None else None
@@ -230,13 +234,13 @@ class Projections(torch.autograd.Function):
             _expanded(frozen[0], weight[:n_out])
             weight[n_out:] = a
             dx = room @ weight
+            del weight
         elif want_dx:
             for dy, linear in zip(dys, frozen, strict=True):
-                weight = _dense(linear, dy)
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                # Not named, so that no weight outlives its product: they are the largest tensors around.
+                dx = dy @ _dense(linear, dy) if dx is None else dx.addmm_(dy, _dense(linear, dy))
             if held:
                 dx = add_low_rank(dx, v, a, dx, keys, p) if p else dx.addmm_(v, a)
-        weight = None  # the largest tensor around
         # From the gradient of the input to that of its source; on the way m(x) is made again, for dA.
         if want_dx and kind is Normed:
             d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, bool(held), keys, p)

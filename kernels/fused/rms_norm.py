@@ -84,7 +84,7 @@ def _backward(
 
 
 def _layout(n: int) -> dict[str, int]:
-    """A row in one block, and warps enough that a thread holds at most 16 of its numbers."""
+    """A row in one block, and warps enough that a thread holds 16 of its numbers (more beyond 8,192)."""
     block = max(2, triton.next_power_of_2(n))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
