@@ -51,7 +51,7 @@ def gradient(forward: Forward, adapter, packs: list[Pack], step: int) -> Tensor:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
 def test_graphs(tmp_path, device, recompute):
     """Packs of one size and of another, alone and together, with dropout: a new step draws anew, a step made again
-    draws the same. The first pack runs op by op, the next ones are captured, the ones after are replayed."""
+    draws the same. The first pack of a size runs op by op, the second is captured, later ones are replayed."""
     model = build_model(tiny_chat_folder(tmp_path, head_dim=16), "nf4", torch.bfloat16, torch.device(device))
     model.recompute = recompute
     adapter = wrapped_adapter(model, LoraConfig(rank=8, alpha=16, dropout=0.3))
