@@ -152,6 +152,30 @@ def _input(
     return value if x is None else copy(value, x)
 
 
+def _ridden(
+    both: Tensor, base: slice, beside: slice, linear: FrozenLinear, update: LowRank, u: Tensor, residual: Tensor | None
+) -> Tensor:
+    """[x | u] [W | B]^T [+ residual]: in `both`, x stands in the columns `base`, and u has room in those `beside`."""
+    weight = both.new_empty(linear.shape[0], both.shape[1])
+    copy(u, both[:, beside])
+    copy(update.b_shadow, weight[:, beside])
+    _expanded(linear, weight[:, base])
+    return both @ weight.t() if residual is None else torch.addmm(residual, both, weight.t())
+
+
+def _added(
+    x: Tensor, linear: FrozenLinear, update: LowRank | None, u: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """x W^T [+ u B^T] [+ residual], one after the other."""
+    if update is None:
+        weight = _dense(linear, x).t()
+        return x @ weight if residual is None else torch.addmm(residual, x, weight)
+    b = update.b_shadow.t()
+    if residual is None:
+        return (x @ _dense(linear, x).t()).addmm_(u, b)
+    return add_low_rank(residual, u, b, torch.empty_like(residual)).addmm_(x, _dense(linear, x).t())
+
+
 class Projections(torch.autograd.Function):
     """kind: the class of the source; first and second: its tensors; eps: its number."""
 
@@ -179,35 +203,24 @@ class Projections(torch.autograd.Function):
             for i, u_i in zip(held, u.split(ranks, dim=1), strict=True):
                 us[i] = u_i
         if riding:
-            # Where an update rides: its columns of `room`, and where in them (and in its weight) u and x stand.
+            # Where an update rides: its columns of `room`, and where in them (and in its weight) x and u stand.
             sides = (
-                (room[:, : left + n_in], slice(0, left), slice(left, None)),  # [u_0 | x]
-                (room[:, left:], slice(n_in, None), slice(0, n_in)),  # [x | u_1]
+                (room[:, : left + n_in], slice(left, None), slice(0, left)),  # [u_0 | x]
+                (room[:, left:], slice(0, n_in), slice(n_in, None)),  # [x | u_1]
             )
-            for i, (both, beside, base) in zip(riding, sides, strict=False):
-                weight = x.new_empty(frozen[i].shape[0], both.shape[1])
-                copy(us[i], both[:, beside])
-                copy(updates[i].b_shadow, weight[:, beside])
-                _expanded(frozen[i], weight[:, base])
-                ys[i] = both @ weight.t() if residual is None else torch.addmm(residual, both, weight.t())
-                del weight  # before the next one is expanded
+            for i, side in zip(riding, sides, strict=False):
+                ys[i] = _ridden(*side, frozen[i], updates[i], us[i], residual)
         for i in range(len(frozen)):
             if ys[i] is None:
-                weight, b = _dense(frozen[i], x).t(), updates[i].b_shadow.t() if updates[i] is not None else None
-                if residual is not None and b is not None:
-                    # PyTorch would copy the residual first.
-                    ys[i] = add_low_rank(residual, us[i], b, torch.empty_like(residual)).addmm_(x, weight)
-                else:
-                    ys[i] = x @ weight if residual is None else torch.addmm(residual, x, weight)
-                    ys[i] = ys[i] if b is None else ys[i].addmm_(us[i], b)
-        plain = second is None
-        saved = (dropped if p else first) if plain and held else None if plain else first
-        ctx.save_for_backward(saved, second, keys, *us)
+                ys[i] = _added(x, frozen[i], updates[i], us[i], residual)
+        if second is None:  # a plain input is needed for dA alone, and there as m(x)
+            first = None if not held else dropped if p else first
+        ctx.save_for_backward(first, second, keys, *us)
         return (first, *ys) if kind is Normed else tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):
-        first, second, keys, *us = ctx.saved_tensors  # in the place of a plain input, m of it
+        first, second, keys, *us = ctx.saved_tensors
         kind, frozen, p, want_dx = ctx.kind, ctx.frozen, ctx.p, ctx.needs_input_grad[0]
         dys = [dy.contiguous() for dy in dys]
         dt = dys.pop(0) if kind is Normed else None
