@@ -206,14 +206,14 @@ def steps_of(work: Workload) -> list[list[Example]]:
     return [[Example(str(i), row, [True] * len(row)) for i, row in enumerate(step)] for step in rows]
 
 
-# --- the trainers: each a function that takes the rows of a step and makes it -----------------------------------------
+# --- the trainers: each a function that takes a step's examples and makes it -----------------------------------------
 
 
 def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens: int):
     from lora.adapter import Adapter
     from lora.build import build_model
     from lora.data import pack_examples
-    from lora.forward import Eager, Graphs
+    from lora.forward import choose_forward
     from lora.loop import LossScale, token_keys, train_step
     from lora.optim import build_optimiser
 
@@ -223,7 +223,7 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
     adapter = Adapter(model, config, seed=0)
     adapter.wrap(model)
     optimiser = build_optimiser("adamw8bit", adapter.flat, adapter.grad, weight_decay=0.01)
-    forward = Graphs(model, adapter) if Graphs.possible(model) else Eager(model)
+    forward = choose_forward(model, adapter)
     made = 0
 
     def step(examples: list[Example]) -> float:

@@ -135,27 +135,27 @@ class _Replay(torch.autograd.Function):
 
 
 class Graphs:
-    """A `Forward` by graphs, one pair for each size that comes along twice. Packs must run one after the other:
-    forward, then
-    backward, since all graphs share one pool of memory."""
+    """A `Forward` by graphs, one pair for each size that comes along twice. All graphs share one pool of memory, so a
+    pack must have gone forward and backward before the next one begins."""
 
     def __init__(self, model: Llama, adapter: Adapter):
         self.model, self.adapter = model, adapter
         # Autograd calls a backward pass only where something asks for a gradient.
         self.leaf = torch.zeros((), device=model.head.device, requires_grad=True)
-        self.inputs: dict[Size, Inputs] = {}
         self.captured: dict[Size, Captured] = {}
         self.clear()
 
     @staticmethod
     def possible(model: Llama) -> bool:
+        """Whether attention can read where examples begin from the GPU."""
         return kernels.takes_starts(model.head, model.dtype, model.config.head_dim)
 
     def clear(self) -> bool:
         """Gives back all graphs and their memory; whether there were any."""
         held = bool(self.captured)
         self.pool = torch.cuda.graph_pool_handle()
-        self.inputs, self.captured = {}, {}
+        self.inputs: dict[Size, Inputs] = {}
+        self.captured.clear()
         return held
 
     def __call__(self, pack: Pack) -> Tensor:
@@ -186,3 +186,8 @@ class Graphs:
         with torch.cuda.graph(backward, self.pool):
             hidden.backward(d_hidden)
         return Captured(forward, backward, hidden.detach(), d_hidden)
+
+
+def choose_forward(model: Llama, adapter: Adapter, graphs: bool = True) -> Forward:
+    """Graphs where they are wanted and possible, else op by op."""
+    return Graphs(model, adapter) if graphs and Graphs.possible(model) else Eager(model)

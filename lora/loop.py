@@ -36,7 +36,7 @@ from lora.config import OptimConfig, RunConfig
 from lora.data import Dataset, Example, Pack, Step, pack_examples
 from lora.evaluate import evaluate
 from lora.files import new_folder
-from lora.forward import Eager, Forward, Graphs, upload
+from lora.forward import Eager, Forward, choose_forward, upload
 from lora.log import RunLog, memory
 from lora.model import Llama
 from lora.optim import Optimiser, learning_rate
@@ -292,8 +292,7 @@ def train(
     save_every = settings.save_every or eval_every
     warmup = round(optim.warmup_ratio * len(steps)) if optim.warmup_steps is None else optim.warmup_steps
     log = RunLog(run, state.step, len(steps))
-    captured = Graphs.possible(model) and not optim.no_graphs
-    forward = Graphs(model, adapter) if captured else Eager(model)
+    forward = choose_forward(model, adapter, graphs=not optim.no_graphs)
 
     def packed_up(work: Callable[[list[Pack]], T], indices: Sequence[int], examples: Sequence[Example]) -> T:
         return in_packs(work, indices, examples, state, log, forward.clear)

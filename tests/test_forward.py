@@ -12,7 +12,7 @@ from lora import loop
 from lora.build import build_model
 from lora.config import LoraConfig
 from lora.data import Pack, make_pack
-from lora.forward import Eager, Forward, Graphs, Size
+from lora.forward import Eager, Forward, Graphs, Size, choose_forward
 
 LENGTHS = (7, 20, 3, 20, 70, 1, 33)
 EXAMPLES = random_examples(LENGTHS)
@@ -84,7 +84,7 @@ def test_a_gpu_runs_out_of_memory(tmp_path, device, dtype):
     model = build_model(tiny_chat_folder(tmp_path, **wide), "nf4", dtype, torch.device(device))
     adapter = wrapped_adapter(model, LoraConfig(rank=8, alpha=16, dropout=0.3))
     examples, budget, events = random_examples([200] * 80), 16000, []
-    forward = Graphs(model, adapter) if Graphs.possible(model) else Eager(model)
+    forward = choose_forward(model, adapter)
     state, log = loop.State(budget), SimpleNamespace(event=lambda step, message: events.append(message))
 
     def step() -> Tensor:

@@ -366,6 +366,11 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[int, ..
     return len(starts) - 1, len(q), k.shape[1], q.stride(0), k.stride(0), v.stride(0)
 
 
+def _grid(q: Tensor, k: Tensor, starts: Tensor, span: int) -> tuple[int]:
+    """A program for each key head of each place (see above), a tile being `span` positions."""
+    return ((len(q) // span + len(starts) - 1) * k.shape[1],)
+
+
 def _diagonal(constants: dict[str, int]) -> int:
     """The tiles of keys that SPAN positions from a multiple of SPAN on can touch."""
     span, keys = constants["ROWS"] // constants["G"], constants["KEYS"]
@@ -377,9 +382,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Te
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(k.shape[1], len(q), q.shape[1] // k.shape[1], dtype=torch.float32, device=q.device)
     constants = _constants(q, k, starts, "forward")
-    tiles = len(q) // (constants["ROWS"] // constants["G"]) + len(starts) - 1
-    arguments = _arguments(q, k, v, starts)
-    _forward[(tiles * k.shape[1],)](q, k, v, starts, out, lse, *arguments, DIAGONAL=_diagonal(constants), **constants)
+    grid, arguments = _grid(q, k, starts, constants["ROWS"] // constants["G"]), _arguments(q, k, v, starts)
+    _forward[grid](q, k, v, starts, out, lse, *arguments, DIAGONAL=_diagonal(constants), **constants)
     return out, lse
 
 
@@ -389,10 +393,10 @@ def backward_queries(
     """dQ, and delta like lse."""
     dq, delta = torch.empty_like(out), torch.empty_like(lse)
     constants = _constants(q, k, starts, "queries")
-    tiles = len(q) // (constants["ROWS"] // constants["G"]) + len(starts) - 1
+    grid = _grid(q, k, starts, constants["ROWS"] // constants["G"])
     constants |= {"SCALE": q.shape[-1] ** -0.5, "DIAGONAL": _diagonal(constants)}
     tensors = q, k, v, starts, out, d_out, lse, delta, dq
-    _backward_queries[(tiles * k.shape[1],)](*tensors, *_arguments(q, k, v, starts), **constants)
+    _backward_queries[grid](*tensors, *_arguments(q, k, v, starts), **constants)
     return dq, delta
 
 
@@ -402,9 +406,8 @@ def backward_keys(
     """dK and dV."""
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     constants = _constants(q, k, starts, "keys") | {"SCALE": q.shape[-1] ** -0.5}
-    tiles = len(q) // constants["KEYS"] + len(starts) - 1
     tensors = q, k, v, starts, d_out, lse, delta, dk, dv
-    _backward_keys[(tiles * k.shape[1],)](*tensors, *_arguments(q, k, v, starts), **constants)
+    _backward_keys[_grid(q, k, starts, constants["KEYS"])](*tensors, *_arguments(q, k, v, starts), **constants)
     return dk, dv
 
 

@@ -90,18 +90,31 @@ def _layout(n: int) -> dict[str, int]:
 
 
 def normalise(
-    x: Tensor, weight: Tensor, eps: float, y: Tensor, dropped: Tensor | None = None, keys=None, p: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    y: Tensor,
+    dropped: Tensor | None = None,
+    keys: Tensor | None = None,
+    p: float = 0.0,
 ) -> Tensor:
     """rms_norm(x) [T, n], written to y, whose rows may lie apart; and m of it to `dropped`, if that is given."""
     # What is neither read nor written may be any tensor.
-    masked = dropped is not None and p > 0
+    masked = dropped is not None
     tensors = (x, weight, y, dropped if masked else y, keys if masked else x)
     _forward[(len(x),)](*tensors, x.shape[1], y.stride(0), eps, *coin(p), MASKED=masked, **_layout(x.shape[1]))
     return y
 
 
 def normalise_backward(
-    x: Tensor, weight: Tensor, eps: float, dy: Tensor, dt: Tensor | None, again: bool, keys=None, p: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dy: Tensor,
+    dt: Tensor | None,
+    again: bool,
+    keys: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """dx, and m(y) if it is wanted again, in the place of dy; all [T, n]."""
     dx = torch.empty_like(x)

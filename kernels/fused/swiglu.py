@@ -79,16 +79,18 @@ def _grid(x: Tensor) -> tuple[int, int]:
     return len(x), triton.cdiv(x.shape[1], BLOCK)
 
 
-def swiglu(gate: Tensor, up: Tensor, dropped: Tensor | None = None, keys=None, p: float = 0.0) -> Tensor:
+def swiglu(
+    gate: Tensor, up: Tensor, dropped: Tensor | None = None, keys: Tensor | None = None, p: float = 0.0
+) -> Tensor:
     """gate, up [T, n] -> y = silu(gate) * up [T, n]; and m(y) in `dropped`, if that is given."""
-    y, masked = torch.empty_like(gate), dropped is not None and p > 0
+    y, masked = torch.empty_like(gate), dropped is not None
     tensors = (gate, up, y, dropped if masked else y, keys if masked else y)
     _forward[_grid(y)](*tensors, y.shape[1], *coin(p), MASKED=masked, PAIRS=BLOCK // 2)
     return y
 
 
 def swiglu_backward(
-    gate: Tensor, up: Tensor, dy: Tensor, again: bool, keys=None, p: float = 0.0
+    gate: Tensor, up: Tensor, dy: Tensor, again: bool, keys: Tensor | None = None, p: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """d_gate, d_up, and m(y) if it is wanted again, in the place of dy; all [T, n]."""
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
