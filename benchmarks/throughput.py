@@ -88,7 +88,7 @@ class Workload(NamedTuple):
 # cannot do in 24 GB.
 WORKLOADS = {
     "full512": Workload("1b", 128, 256, 0.0, 16, 4, 512, 512, "none", 8192),
-    "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, "none", 5600),
+    "c1": Workload("1b", 128, 256, 0.05, 16, 4, 150, 350, "none", 8704),
     "t1": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "none", 4096),
     "t1-ckpt": Workload("1b", 16, 16, 0.0, 2, 4, 2048, 2048, "block", 2048),
     "short": Workload("1b", 16, 16, 0.0, 2, 4, 100, 300, "none", 1024),

@@ -177,20 +177,11 @@ _LISTS = {
     "lora_rank": 128, "lora_alpha": 256, "batch_size": 16, "grad_accum": 4, "learning_rate": 2e-4, "schedule": "cosine",
     "warmup_ratio": 0.1, "epochs": 10, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_length": 512,
 }  # fmt: skip
-# An epoch of 180 lists shows every sentence about once, and a model learns from the first four. Measured with SmolLM2
-# and rank 128 on held-out words: 10 epochs were best after the third, on a2 (2.016 nats, from 3.047) and on b1 (2.205,
-# from 3.116), and rose from there; 4 epochs end at 2.019 and 2.211, and use as many of the words. c1's rare words want
-# to be met more often: 8 epochs of 120 lists used 41 % of them (2.83 nats), 4 of 180 used 22 % (2.84), and 10 of 174 in
-# steps of 64 as many (2.85).
-_MORE = {**_LISTS, "epochs": 4, "grad_accum": 1, "train_lists": 180, "eval_lists": 60}
-PRESETS = {
-    "words": _LISTS,
-    "a1": _LISTS,
-    "a2": _MORE,
-    "b1": _MORE,
-    "b2": _MORE,
-    "c1": {**_MORE, "epochs": 8, "train_lists": 120},
-}
+# Measured with SmolLM2 on held-out words (benchmarks/RESULTS.md): on every level 8 epochs of 120 lists, 16 to a step,
+# are the best or as good as the best. 960 lists show every sentence of a level some six times, each time in new
+# company.
+_LEVEL = {**_LISTS, "epochs": 8, "grad_accum": 1, "train_lists": 120}
+PRESETS = {"words": _LEVEL, "a1": _LEVEL} | {level: {**_LEVEL, "eval_lists": 60} for level in ("a2", "b1", "b2", "c1")}
 # Settings of runs that others have reported, to compare with; a recipe says what it trains on, too.
 RECIPES = {"c1-reference": {**_LISTS, "level": "c1", "train_lists": 1800, "eval_lists": 200}}
 

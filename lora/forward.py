@@ -111,12 +111,12 @@ class Inputs:
 
 @dataclass
 class Captured:
-    """Two graphs and where they meet the rest: `hidden` [tokens, n] after the first, `d_hidden` before the second."""
+    """Two graphs and where they meet the rest: after the first, `hidden` [tokens, n] holds the hidden states, and when
+    the second begins, their gradient."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     hidden: Tensor
-    d_hidden: Tensor
 
 
 class _Replay(torch.autograd.Function):
@@ -128,20 +128,25 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_hidden: Tensor):
-        ctx.captured.d_hidden.copy_(d_hidden)
+        ctx.captured.hidden.copy_(d_hidden)
         # The adapter's gradient grows where it stands, inside the graph.
         ctx.captured.backward.replay()
         return None, None
 
 
 class Graphs:
-    """A `Forward` by graphs, one pair for each size that comes along twice. All graphs share one pool of memory, so a
-    pack must have gone forward and backward before the next one begins."""
+    """A `Forward` by graphs, one pair for each size. All graphs share one pool of memory, so a pack must have gone
+    forward and backward before the next one begins.
+
+    Only the first pack of all runs op by op: kernels compile then and libraries load, which no graph could hold. Later
+    ones do not, since what op by op leaves behind in PyTorch's cache is as much memory again as the graphs have.
+    """
 
     def __init__(self, model: Llama, adapter: Adapter):
         self.model, self.adapter = model, adapter
         # Autograd calls a backward pass only where something asks for a gradient.
         self.leaf = torch.zeros((), device=model.head.device, requires_grad=True)
+        self.warm = False
         self.captured: dict[Size, Captured] = {}
         self.clear()
 
@@ -160,16 +165,14 @@ class Graphs:
 
     def __call__(self, pack: Pack) -> Tensor:
         size, keys = Size.of(pack), self.adapter.keys
-        first = size not in self.inputs
-        if first:
+        if size not in self.inputs:
             self.inputs[size] = Inputs.empty(size, keys, self.leaf.device)
         inputs = self.inputs[size]
         inputs.fill(pack, size, keys)
         # The rest of this pass, backward too, draws its masks by the keys in the fixed places.
         self.adapter.keys = inputs.keys
-        if first:
-            # Op by op, with nothing else changed: kernels compile and libraries load, which no graph could hold. And a
-            # size that comes once is not worth a graph.
+        if not self.warm:
+            self.warm = True
             return self._run(inputs)
         if size not in self.captured:
             self.captured[size] = self._capture(inputs)
@@ -182,10 +185,9 @@ class Graphs:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, self.pool):
             hidden = self._run(inputs)
-        d_hidden = torch.empty_like(hidden)
         with torch.cuda.graph(backward, self.pool):
-            hidden.backward(d_hidden)
-        return Captured(forward, backward, hidden.detach(), d_hidden)
+            hidden.backward(hidden.detach())
+        return Captured(forward, backward, hidden.detach())
 
 
 def choose_forward(model: Llama, adapter: Adapter, graphs: bool = True) -> Forward:

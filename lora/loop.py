@@ -144,7 +144,8 @@ def train_step(
     while True:
         total = accumulate(forward, adapter, packs, keys, loss_scale.factor)
         mean = 1 / (supervised * loss_scale.factor)
-        loss, norm = total.item() / supervised, adapter.grad.norm().item() * mean
+        total, norm = torch.stack((total, adapter.grad.norm())).tolist()  # waits for the device
+        loss, norm = total / supervised, norm * mean
         if math.isfinite(norm) or not loss_scale.halve():
             break
     if not math.isfinite(loss + norm):

@@ -420,7 +420,7 @@ def test_level(call, base):
     ended = call("train", *FLAGS[:-1], "--model", base, "--level", "a1", "--max-length", "1000", "--grad-accum", "1")
     assert ended.code == 0, ended
     card = json_of(Path("runs/a1/run_card.json"))
-    assert (card["examples"], card["eval_examples"]) == (1600, 18)  # each of the 10 epochs has its own 160 lists
+    assert (card["examples"], card["eval_examples"]) == (960, 18)  # each of the 8 epochs has its own 120 lists
     assert json_of(Path("runs/a1/config.json"))["settings"]["lora_alpha"] == 256
     assert call("eval", "--max-examples", "2", "--generations", "0").code == 0
     assert json_of(Path("runs/a1/eval.json"))["examples"] == 2

@@ -41,12 +41,16 @@ def test_defaults(data):
 
 
 def test_level_recipe():
-    """A1 as it is told in the README: rank 128, alpha 256, 16 x 4, 2e-4, cosine, warmup 0.1, ten epochs, 512 tokens."""
-    config = parse("--level", "a1")
-    assert config.lora == LoraConfig(rank=128, alpha=256, dropout=0.0, target_modules=LINEARS)
-    optim = config.optim
-    assert (optim.batch_size, optim.grad_accum, optim.learning_rate, optim.schedule) == (16, 4, 2e-4, "cosine")
-    assert (optim.warmup_ratio, optim.epochs, optim.weight_decay, optim.max_grad_norm) == (0.1, 10, 0.01, 1.0)
+    """A level's: rank 128, alpha 256, 16 lists a step, 2e-4, cosine, warmup 0.1, 512 tokens, 8 epochs of 120 lists. The
+    one to compare with: ten of 1,800, 16 x 4 a step."""
+    config, reference = parse("--level", "a1"), parse("--recipe", "c1-reference")
+    for optim, epochs, grad_accum in ((config.optim, 8, 1), (reference.optim, 10, 4)):
+        assert (optim.batch_size, optim.grad_accum, optim.learning_rate, optim.schedule) == (
+            16, grad_accum, 2e-4, "cosine",
+        )  # fmt: skip
+        assert (optim.warmup_ratio, optim.epochs, optim.weight_decay, optim.max_grad_norm) == (0.1, epochs, 0.01, 1.0)
+    assert config.lora == reference.lora == LoraConfig(rank=128, alpha=256, dropout=0.0, target_modules=LINEARS)
+    assert (config.data.train_lists, reference.data.train_lists, reference.data.level) == (120, 1800, "c1")
     assert config.data.max_length == 512
     assert PRESETS["a1"].keys() <= flags_of(Config).keys()
 

@@ -24,10 +24,10 @@ one adds to that (PyTorch would copy the residual first).
 
 Of an x that is the normalised stream or the gated product (reference.Normed, Gated) nothing is saved: the kernel that
 takes the gradient back through those has all in hand that x is made of, so it writes m(x) once more, for dA. A plain x
-is saved, as m(x).
+is saved.
 
-Dropout masks the input of A alone (dropout.py): where x is made, m(x) is written beside it, and m(v A) is added to a dx
-that is there already by the same small GEMM, which draws the mask as it goes.
+Dropout masks the input of A alone (dropout.py): where x is made, m(x) is written beside it; and where dx is read next,
+m(v A) is added to it, by the kernel that draws the mask for m(x) at that moment. (Of a plain x, by the small GEMM.)
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.fused import nf4
-from kernels.fused.dropout import coin, copy, kept
+from kernels.fused.dropout import copy
+from kernels.fused.low_rank import add_low_rank
 from kernels.fused.rms_norm import normalise, normalise_backward
 from kernels.fused.swiglu import swiglu, swiglu_backward
 from kernels.reference import (
@@ -51,57 +50,7 @@ from kernels.reference import (
     Source,
     add_product,
     scaled_product,
-    wide_product,
 )
-
-
-@triton.jit
-def _add_product(
-    u,  # [T, r]
-    a,  # [r, n], by its strides
-    keys,  # int32 [T], read if MASKED
-    base,  # [T, n]
-    out,  # [T, n]
-    tokens,
-    rank,
-    n,
-    rank_stride,
-    column_stride,
-    threshold,
-    scale,
-    MASKED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
-    column = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
-    there, inside = (token < tokens)[:, None], (column < n)[None, :]
-    right = a + column[None, :].to(tl.int64) * column_stride
-    total = tl.zeros((TOKENS, 2 * PAIRS), dtype=tl.float32)
-    for start in range(0, rank, RANK):
-        r = start + tl.arange(0, RANK)
-        us = tl.load(u + token[:, None].to(tl.int64) * rank + r[None, :], mask=there & (r < rank)[None, :], other=0.0)
-        rows = tl.load(right + r[:, None] * rank_stride, mask=(r < rank)[:, None] & inside, other=0.0)
-        total = tl.dot(us, rows, total, input_precision="ieee")
-    if MASKED:
-        key = tl.load(keys + token, mask=token < tokens, other=0)
-        total = tl.where(kept(key[:, None], pair[None, :], threshold), total * scale, 0.0)
-    at = token[:, None].to(tl.int64) * n + column[None, :]
-    total += tl.load(base + at, mask=there & inside, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=there & inside)
-
-
-def add_low_rank(base: Tensor, u: Tensor, a: Tensor, out: Tensor, keys: Tensor | None = None, p: float = 0.0) -> Tensor:
-    """out = base + m(u a), for base and out [T, n] (which may be one), u [T, r] and a [r, n]. Returns out."""
-    (tokens, rank), n = u.shape, a.shape[1]
-    masked, (rows, columns) = p > 0, (64, 128) if out.itemsize == 2 else (32, 32)  # fp32 takes many registers
-    blocks = {"TOKENS": rows, "PAIRS": columns // 2, "RANK": min(64, max(16, triton.next_power_of_2(rank)))}
-    grid = (triton.cdiv(tokens, rows), triton.cdiv(n, columns))
-    numbers = tokens, rank, n, *a.stride(), *coin(p)
-    _add_product[grid](u, a, keys if masked else u, base, out, *numbers, MASKED=masked, **blocks)
-    return out
 
 
 def _expanded(linear: FrozenLinear, out: Tensor) -> Tensor:
@@ -122,10 +71,23 @@ def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
     return len(update.a) % 8 == 0 and tokens * abs(n_out - n_in) > copied
 
 
-def _stacked(updates: Sequence[LowRank]) -> tuple[Tensor, list[int]]:
-    """Every A under the one before, and their ranks."""
-    rows = [update.a_shadow for update in updates]
-    return rows[0] if len(rows) == 1 else torch.cat(rows), [len(a) for a in rows]
+def _stacked(matrices: list[Tensor]) -> Tensor | None:
+    """Each matrix under the one before, [all rows, n], if they stand so in memory already; an adapter lays them out so
+    for linears that read the same input."""
+    first, rows = matrices[0], sum(map(len, matrices))
+    where = first.data_ptr()
+    for matrix in matrices:
+        if matrix.data_ptr() != where or matrix.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        where += matrix.nbytes
+    return first.as_strided((rows, first.shape[1]), first.stride())
+
+
+def _all_a(updates: Sequence[LowRank]) -> Tensor:
+    """Every A under the one before."""
+    matrices = [update.a_shadow for update in updates]
+    stacked = _stacked(matrices)
+    return torch.cat(matrices) if stacked is None else stacked
 
 
 def _input(
@@ -139,8 +101,7 @@ def _input(
     p: float,
 ) -> Tensor:
     """The value of a source [T, in], in `x` if that is given, whose rows may lie apart; and m of it in `dropped`, if
-    that
-    is."""
+    that one is."""
     if kind is Normed:
         return normalise(first, second, eps, torch.empty_like(first) if x is None else x, dropped, keys, p)
     if kind is Gated:
@@ -198,7 +159,7 @@ class Projections(torch.autograd.Function):
             x = room[:, left : left + n_in]
         x = _input(kind, first, second, eps, x, dropped, keys, p)
         if held:
-            a, ranks = _stacked([updates[i] for i in held])
+            a, ranks = _all_a([updates[i] for i in held]), [len(updates[i].a) for i in held]
             u = scaled_product(x if dropped is None else dropped, a.t(), scale, x.new_empty(tokens, len(a)))
             for i, u_i in zip(held, u.split(ranks, dim=1), strict=True):
                 us[i] = u_i
@@ -213,8 +174,8 @@ class Projections(torch.autograd.Function):
         for i in range(len(frozen)):
             if ys[i] is None:
                 ys[i] = _added(x, frozen[i], updates[i], us[i], residual)
-        if second is None:  # a plain input is needed for dA alone, and there as m(x)
-            first = None if not held else dropped if p else first
+        if second is None and not held:  # a plain input is needed for dA alone
+            first = None
         ctx.save_for_backward(first, second, keys, *us)
         return (first, *ys) if kind is Normed else tuple(ys)
 
@@ -225,10 +186,9 @@ class Projections(torch.autograd.Function):
         dys = [dy.contiguous() for dy in dys]
         dt = dys.pop(0) if kind is Normed else None
         held = [i for i, update in enumerate(ctx.updates) if update is not None]
-        rides = False
+        updates, rides, dx, low, d_first, d_second = [ctx.updates[i] for i in held], False, None, None, None, None
         if held:
-            updates = [ctx.updates[i] for i in held]
-            a, ranks = _stacked(updates)
+            a, ranks = _all_a(updates), [len(update.a) for update in updates]
             n_out, n_in = frozen[0].shape
             rides = want_dx and p == 0 and len(frozen) == 1 and n_in > n_out
             rides = rides and _pays(frozen[0], updates[0], len(dys[0]))
@@ -241,7 +201,6 @@ class Projections(torch.autograd.Function):
             for i, update, v_i in zip(held, updates, v.split(ranks, dim=1), strict=True):
                 scaled_product(dys[i], update.b_shadow, ctx.scale, v_i)
                 add_product(update.b.grad, dys[i].t(), us[i])
-        dx, d_first, d_second = None, None, None
         if rides:
             weight = dys[0].new_empty(n_out + len(a), n_in)  # [W ; A]
             _expanded(frozen[0], weight[:n_out])
@@ -252,25 +211,32 @@ class Projections(torch.autograd.Function):
             for dy, linear in zip(dys, frozen, strict=True):
                 # Not named, so that no weight outlives its product: they are the largest tensors around.
                 dx = dy @ _dense(linear, dy) if dx is None else dx.addmm_(dy, _dense(linear, dy))
-            if held:
-                dx = add_low_rank(dx, v, a, dx, keys, p) if p else dx.addmm_(v, a)
+            if held and p == 0:
+                dx.addmm_(v, a)
+            elif held and second is None:
+                add_low_rank(dx, v, a, dx, keys, p)
+            elif held:
+                low = v @ a  # to be added where the mask is drawn anyway
+        masked = (low, keys, p) if low is not None else ()
         # From the gradient of the input to that of its source; on the way m(x) is made again, for dA.
         if want_dx and kind is Normed:
-            d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, bool(held), keys, p)
+            d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, bool(held), *masked)
         elif want_dx and kind is Gated:
-            d_first, d_second, x = swiglu_backward(first, second, dx, bool(held), keys, p)
-        elif held and second is not None:
+            d_first, d_second, x = swiglu_backward(first, second, dx, bool(held), *masked)
+        elif held:
+            d_first = dx
             dropped = torch.empty_like(first) if p else None
             x = _input(kind, first, second, ctx.eps, None, dropped, keys, p)
             x = x if dropped is None else dropped
         else:
-            d_first, x = dx, first
+            d_first = dx
         if held:
-            if len(held) == 1:
-                add_product(updates[0].a.grad, v.t(), x)
+            gradient = _stacked([update.a.grad for update in updates])
+            if gradient is not None:
+                add_product(gradient, v.t(), x)
             else:
-                for update, da_i in zip(updates, wide_product(v.t(), x).split(ranks), strict=True):
-                    update.a.grad += da_i
+                for update, v_i in zip(updates, v.split(ranks, dim=1), strict=True):
+                    add_product(update.a.grad, v_i.t(), x)
         d_residual = dys[0] if ctx.needs_input_grad[2] else None
         return d_first, d_second, d_residual, *[None] * (8 + 2 * len(held))
 

@@ -7,8 +7,8 @@ With g = w * dy, and dt what reaches x by the stream itself:
     dx = dt + rho * (g - x * rho^2 * mean(g * x))            (reference.RMSNorm has the derivation)
 
 Nothing is saved but x, which the stream keeps anyway: backward has x in registers, so it makes rho again, and y too
-where a linear wants its input back, with or without dropout. In 16 bits a row of n moves 2n bytes for each of x, y
-forward and x, dy, dt, dx, y backward.
+where a linear wants its input back. Under dropout it takes the part of dy that is to be masked on its own, and draws
+the mask once for both. In 16 bits a row of n moves 2n bytes for each of x, y forward and x, dy, dt, dx, y backward.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _forward(
 def _backward(
     x,  # [T, n]
     weight,  # [n]
-    dy,  # [T, n], overwritten by y if AGAIN
+    dy,  # [T, n]; if AGAIN, overwritten by m(y)
+    low,  # [T, n]; if MASKED, m(low) is still to be added to dy
     dt,  # [T, n], read if ADDED
     dx,  # [T, n]
     keys,  # int32 [T], read if MASKED
@@ -69,7 +70,11 @@ def _backward(
     inside = column < n
     wide = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    g = w * tl.load(dy + row + column, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(dy + row + column, mask=inside, other=0.0).to(tl.float32)
+    if MASKED:
+        stays = kept(tl.load(keys + tl.program_id(0)), tl.arange(0, BLOCK // 2), threshold)
+        d += tl.where(stays, tl.load(low + row + column, mask=inside, other=0.0).to(tl.float32) * scale, 0.0)
+    g = w * d
     rho = tl.rsqrt(tl.sum(wide * wide) / n + eps)
     out = rho * (g - wide * (rho * rho * tl.sum(g * wide) / n))
     if ADDED:
@@ -78,8 +83,7 @@ def _backward(
     if AGAIN:
         out = wide * rho * w
         if MASKED:
-            key = tl.load(keys + tl.program_id(0))
-            out = tl.where(kept(key, tl.arange(0, BLOCK // 2), threshold), out * scale, 0.0)
+            out = tl.where(stays, out * scale, 0.0)
         tl.store(dy + row + column, out.to(dy.dtype.element_ty), mask=inside)
 
 
@@ -113,12 +117,13 @@ def normalise_backward(
     dy: Tensor,
     dt: Tensor | None,
     again: bool,
+    low: Tensor | None = None,
     keys: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx, and m(y) if it is wanted again, in the place of dy; all [T, n]."""
+    """dx, where under dropout dy lacks m(low) as yet; and m(y) if wanted again, in the place of dy. All [T, n]."""
     dx = torch.empty_like(x)
-    tensors = (x, weight, dy, dy if dt is None else dt, dx, keys if p else x)
+    tensors = (x, weight, dy, low if p else dy, dy if dt is None else dt, dx, keys if p else x)
     flags = {"ADDED": dt is not None, "AGAIN": again, "MASKED": p > 0}
     _backward[(len(x),)](*tensors, x.shape[1], eps, *coin(p), **flags, **_layout(x.shape[1]))
     return dx, dy if again else None

@@ -3,8 +3,9 @@
     dg = dy u sigma (1 + g (1 - sigma))        du = dy silu(g)
 
 Only g and u are kept, which the two projections made: backward has them in registers, so it makes sigma again, for an
-exponential is cheaper than memory, and y too where the linear after it wants its input back, with or without dropout.
-Forward moves three numbers an element, backward five, or six with y.
+exponential is cheaper than memory, and y too where the linear after it wants its input back. Under dropout it takes the
+part of dy that is to be masked on its own, and draws the mask once for both. Forward moves three numbers an element,
+backward five, or six with y.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def _forward(
 def _backward(
     gate,  # [T, n]
     up,  # [T, n]
-    dy,  # [T, n], overwritten by y if AGAIN
+    dy,  # [T, n]; if AGAIN, overwritten by m(y)
+    low,  # [T, n]; if MASKED, m(low) is still to be added to dy
     d_gate,  # [T, n]
     d_up,  # [T, n]
     keys,  # int32 [T], read if MASKED
@@ -66,12 +68,14 @@ def _backward(
     u = tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(dy + i, mask=inside, other=0.0).to(tl.float32)
     sigma = tl.sigmoid(g)
+    out = g * sigma * u
+    if MASKED:
+        stays = kept(tl.load(keys + row), pair, threshold)
+        d += tl.where(stays, tl.load(low + i, mask=inside, other=0.0).to(tl.float32) * scale, 0.0)
+        out = tl.where(stays, out * scale, 0.0)
     tl.store(d_gate + i, (d * u * sigma * (1 + g * (1 - sigma))).to(d_gate.dtype.element_ty), mask=inside)
     tl.store(d_up + i, (d * g * sigma).to(d_up.dtype.element_ty), mask=inside)
     if AGAIN:
-        out = g * sigma * u
-        if MASKED:
-            out = tl.where(kept(tl.load(keys + row), pair, threshold), out * scale, 0.0)
         tl.store(dy + i, out.to(dy.dtype.element_ty), mask=inside)
 
 
@@ -90,10 +94,17 @@ def swiglu(
 
 
 def swiglu_backward(
-    gate: Tensor, up: Tensor, dy: Tensor, again: bool, keys: Tensor | None = None, p: float = 0.0
+    gate: Tensor,
+    up: Tensor,
+    dy: Tensor,
+    again: bool,
+    low: Tensor | None = None,
+    keys: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d_gate, d_up, and m(y) if it is wanted again, in the place of dy; all [T, n]."""
+    """d_gate and d_up, where under dropout dy lacks m(low) as yet; and m(y) if it is wanted again, in the place of dy.
+    All [T, n]."""
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    tensors = (gate, up, dy, d_gate, d_up, keys if p else dy)
+    tensors = (gate, up, dy, low if p else dy, d_gate, d_up, keys if p else dy)
     _backward[_grid(dy)](*tensors, dy.shape[1], *coin(p), AGAIN=again, MASKED=p > 0, PAIRS=BLOCK // 2)
     return d_gate, d_up, dy if again else None
