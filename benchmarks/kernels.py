@@ -220,6 +220,15 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
                 x @ weight.t()
                 dy @ weight
 
+    def skinny() -> None:
+        for x, (_, _, updates, _, _, upstream) in zip(xs, groups, strict=True):
+            a = torch.cat([update.a_shadow for update in updates])
+            u = x @ a.t()
+            reference.wide_product(u.t(), x)
+            for dy, update, u_i in zip(upstream[-len(updates) :], updates, u.split(rank, dim=1), strict=True):
+                dy @ update.b_shadow
+                reference.wide_product(dy.t(), u_i)
+
     x, y, wide = xs[0], torch.empty_like(xs[0]), xs[3]
 
     def apart() -> None:
@@ -229,12 +238,14 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
         swiglu(wide, wide)
         swiglu_backward(wide, wide, wide, again=False)
 
-    # The products of the update take their share at the rate of the base's: alone, two of them would write wide outputs
-    # that the base writes anyway. Of the base there are two products, of the update three with A and three with B.
-    low = 3 * sum(rank * (out + into) for out, into in shape.linears)
-    share = low / (2 * sum(out * into for out, into in shape.linears))
+    # What must be done with A and B: u = x A^T, v = dy B, dA and dB read wide tensors and write skinny ones, so they
+    # are timed as they are. u B^T and v A would write wide ones, which the base writes anyway: they count at the base's
+    # rate.
+    ridden = (
+        rank * sum(out + into for out, into in shape.linears) / (2 * sum(out * into for out, into in shape.linears))
+    )
     name = f"the LoRA linears of a block, dropout {p}, forward + backward"
-    floor = lambda clock: (1 + share) * clock.ms(base)  # noqa: E731
+    floor = lambda clock: (1 + ridden) * clock.ms(base) + clock.ms(skinny)  # noqa: E731
     return Row(name, lambda: run(fused), floor, {"reference, with norms and gate": lambda: run(reference)}, apart)
 
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,10 +207,10 @@ def steps_of(work: Workload) -> list[list[Example]]:
     return [[Example(str(i), row, [True] * len(row)) for i, row in enumerate(step)] for step in rows]
 
 
-# --- the trainers: each a function that takes a step's examples and makes it -----------------------------------------
+# --- the trainers: each a function that makes step number n ----------------------------------------------------------
 
 
-def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens: int):
+def ours(work: Workload, folder: Path, steps: list[list[Example]], device: torch.device, micro_batch_tokens: int):
     from lora.adapter import Adapter
     from lora.build import build_model
     from lora.data import pack_examples
@@ -224,19 +225,23 @@ def ours(work: Workload, folder: Path, device: torch.device, micro_batch_tokens:
     adapter.wrap(model)
     optimiser = build_optimiser("adamw8bit", adapter.flat, adapter.grad, weight_decay=0.01)
     forward = choose_forward(model, adapter)
-    made = 0
 
-    def step(examples: list[Example]) -> float:
-        nonlocal made
-        made += 1
-        packs = pack_examples(range(len(examples)), examples, micro_batch_tokens)
-        keys = [token_keys(0, made, pack) for pack in packs]
-        return train_step(forward, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale())["loss"]
+    @lru_cache(maxsize=2)  # as in the loop: a step is packed while the GPU works at the one before
+    def packs_of(number: int):
+        return (
+            pack_examples(range(len(steps[number])), steps[number], micro_batch_tokens) if number < len(steps) else []
+        )
+
+    def step(number: int) -> float:
+        packs = packs_of(number)
+        keys = [token_keys(0, number, pack) for pack in packs]
+        meanwhile = partial(packs_of, number + 1)
+        return train_step(forward, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale(), meanwhile)["loss"]
 
     return step
 
 
-def peer(impl: str, work: Workload, folder: Path):
+def peer(impl: str, work: Workload, folder: Path, steps: list[list[Example]]):
     if impl == "unsloth":
         from unsloth import FastLanguageModel
 
@@ -293,9 +298,9 @@ def peer(impl: str, work: Workload, folder: Path):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = bitsandbytes.optim.AdamW8bit(parameters, lr=2e-4, weight_decay=0.01)
 
-    def step(examples: list[Example]) -> float:
-        for start in range(0, len(examples), work.batch):
-            some = [example.ids for example in examples[start : start + work.batch]]
+    def step(number: int) -> float:
+        for start in range(0, len(steps[number]), work.batch):
+            some = [example.ids for example in steps[number][start : start + work.batch]]
             width = max(map(len, some))
             ids = torch.full((len(some), width), 128004)
             for i, row in enumerate(some):
@@ -319,15 +324,16 @@ def peer(impl: str, work: Workload, folder: Path):
 
 
 def measure(impl: str, work: Workload, folder: Path, device: torch.device, budget: int) -> dict[str, float]:
-    step = ours(work, folder, device, budget) if impl == "ours" else peer(impl, work, folder)
+    steps = steps_of(work)
+    step = ours(work, folder, steps, device, budget) if impl == "ours" else peer(impl, work, folder, steps)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     rates, seconds = [], []
-    for examples in steps_of(work):
+    for number, examples in enumerate(steps):
         synchronise(device)
         start = time.perf_counter()
-        step(examples)
+        step(number)
         synchronise(device)
         seconds.append(time.perf_counter() - start)
         rates.append(sum(len(example.ids) for example in examples) / seconds[-1])

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ import kernels
 from lora.adapter import Adapter
 from lora.checkpoint import checkpoints, export, load_adapter, load_state, remove, save_adapter, save_state
 from lora.config import OptimConfig, RunConfig
-from lora.data import Dataset, Example, Pack, Step, pack_examples
+from lora.data import Dataset, Pack, Step, pack_examples
 from lora.evaluate import evaluate
 from lora.files import new_folder
 from lora.forward import Eager, Forward, choose_forward, upload
@@ -133,18 +133,22 @@ def train_step(
     lr: float,
     max_grad_norm: float,
     loss_scale: LossScale,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """One optimiser step on the examples in `packs`: gradient, clipping by the global norm, AdamW.
 
-    keys: int32 [T] for each pack; lr: of this step. Returns the step's line of metrics.jsonl (log.py). Raises Diverged
-    and leaves the weights as they were if loss or gradient is not a number.
+    keys: int32 [T] for each pack; lr: of this step; meanwhile: is called while a GPU still works. Returns the step's
+    line of metrics.jsonl (log.py). Raises Diverged and leaves the weights as they were if loss or gradient is not a
+    number.
     """
     start = time.perf_counter()
     tokens, supervised = sum(len(pack.ids) for pack in packs), sum(pack.supervised_tokens for pack in packs)
     while True:
         total = accumulate(forward, adapter, packs, keys, loss_scale.factor)
         mean = 1 / (supervised * loss_scale.factor)
-        total, norm = torch.stack((total, adapter.grad.norm())).tolist()  # waits for the device
+        sums = torch.stack((total, adapter.grad.norm()))
+        meanwhile()
+        total, norm = sums.tolist()
         loss, norm = total / supervised, norm * mean
         if math.isfinite(norm) or not loss_scale.halve():
             break
@@ -185,19 +189,18 @@ def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
 
 def in_packs(
     work: Callable[[list[Pack]], T],
-    indices: Sequence[int],
-    examples: Sequence[Example],
+    pack: Callable[[int], list[Pack]],
     state: State,
     log: RunLog,
     release: Callable[[], bool],
 ) -> T:
-    """work(these examples in packs). If the GPU's memory runs out: again, and from then on, in packs of half the size.
+    """work(what `pack` makes of a budget). If the GPU's memory runs out: again, and from then on, with half the budget.
 
     However examples are packed, the step is the same but for the last bits, so to make it again is all it takes.
     release: gives back memory that was kept for packs of the old size, and says whether there was any.
     """
     while True:
-        packs = pack_examples(indices, examples, state.micro_batch_tokens)
+        packs = pack(state.micro_batch_tokens)
         smallest = all(len(pack.lengths) == 1 for pack in packs)
         try:
             return work(packs)
@@ -295,14 +298,19 @@ def train(
     log = RunLog(run, state.step, len(steps))
     forward = choose_forward(model, adapter, graphs=not optim.no_graphs)
 
-    def packed_up(work: Callable[[list[Pack]], T], indices: Sequence[int], examples: Sequence[Example]) -> T:
-        return in_packs(work, indices, examples, state, log, forward.clear)
+    held_out = partial(pack_examples, range(len(data.eval)), data.eval)
+
+    @lru_cache(maxsize=2)  # the step at work, and the next one, which is packed meanwhile
+    def packs_of(number: int, budget: int) -> list[Pack]:
+        return pack_examples(steps[number].examples, data.train, budget) if number < len(steps) else []
+
+    def packed_up(work: Callable[[list[Pack]], T], pack: Callable[[int], list[Pack]]) -> T:
+        return in_packs(work, pack, state, log, forward.clear)
 
     def evaluated() -> float:
-        held_out = range(len(data.eval))
-        losses = packed_up(partial(evaluate, model), held_out, data.eval)
+        losses = packed_up(partial(evaluate, model), held_out)
         if not math.isfinite(losses.response + losses.full):
-            names = ", ".join(packed_up(partial(not_finite, model), held_out, data.eval))
+            names = ", ".join(packed_up(partial(not_finite, model), held_out))
             message = f"the evaluation after step {state.step} stopped the run: loss {losses.response}, on {names}"
             log.event(state.step, message)
             raise Diverged(message)
@@ -324,10 +332,11 @@ def train(
                 def one_step(packs: list[Pack], lr: float = lr) -> dict[str, float]:
                     keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
                     limit, scale = optim.max_grad_norm, state.loss_scale
-                    return train_step(forward, adapter, optimiser, packs, keys, lr, limit, scale)
+                    meanwhile = partial(packs_of, state.step + 1, state.micro_batch_tokens)
+                    return train_step(forward, adapter, optimiser, packs, keys, lr, limit, scale, meanwhile)
 
                 try:
-                    values = packed_up(one_step, step.examples, data.train)
+                    values = packed_up(one_step, partial(packs_of, state.step))
                 except Diverged as error:
                     message = f"step {state.step + 1} stopped the run: {error}"
                     log.event(state.step, message)

@@ -1,5 +1,6 @@
 """lora/forward.py: graphs give the gradient that the same model gives op by op."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from lora import loop
 from lora.build import build_model
 from lora.config import LoraConfig
-from lora.data import Pack, make_pack
+from lora.data import Pack, make_pack, pack_examples
 from lora.forward import Eager, Forward, Graphs, Size, choose_forward
 
 LENGTHS = (7, 20, 3, 20, 70, 1, 33)
@@ -91,7 +92,7 @@ def test_a_gpu_runs_out_of_memory(tmp_path, device, dtype):
         def work(packs: list[Pack]) -> Tensor:
             return gradient(forward, adapter, packs, 1)
 
-        return loop.in_packs(work, range(len(examples)), examples, state, log, forward.clear)
+        return loop.in_packs(work, partial(pack_examples, range(len(examples)), examples), state, log, forward.clear)
 
     for _ in range(3):
         whole = step()
