@@ -171,13 +171,12 @@ def loss(shape: Shape, vocabulary: int, tokens: int, device: torch.device) -> It
 
 
 def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
-    """The seven LoRA linears of a block as a block calls them, forward and backward, NF4 included: after a norm, a gate
-    or
+    """The seven LoRA linears as a block calls them, forward and backward, NF4 included: after a norm, a gate or
     attention, and with the residual. The norms and the gate have rows of their own, so here they are taken off."""
     dtype = dtype_on(device)
     rank = 128 if device.type == "cuda" else 8
     keys = torch.arange(tokens, dtype=torch.int32, device=device)
-    q, k, v, o, gate, up, down = shape.linears
+    q, k, v, o, *gate_and_up, down = shape.linears
     n, weight = shape.hidden, torch.ones(shape.hidden, device=device, dtype=dtype)
 
     def draw(width: int) -> Tensor:
@@ -190,14 +189,16 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
         Gated(draw(shape.mlp), draw(shape.mlp)),
     )
     groups = []
-    for source, sizes in zip(sources, ([q, k, v], [o], [gate, up], [down]), strict=True):
+    for source, sizes in zip(sources, ([q, k, v], [o], gate_and_up, [down]), strict=True):
         frozen = [NF4Linear.quantise(0.02 * torch.randn(size, device=device)) for size in sizes]
+        # As in an adapter, the A of linears that read the same input are one matrix.
+        all_a = torch.randn(len(sizes) * rank, sizes[0][1], device=device)
+        matrices = [x.split(rank) for x in (all_a, all_a.to(dtype), torch.zeros_like(all_a))]
         updates = []
-        for out, into in sizes:
-            a = torch.randn(rank, into, device=device).requires_grad_()
-            b = torch.randn(out, rank, device=device).requires_grad_()
-            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
-            updates.append(LowRank(a, b, a.detach().to(dtype), b.detach().to(dtype)))
+        for (out, _), a, a_shadow, a_grad in zip(sizes, *matrices, strict=True):
+            a, b = a.requires_grad_(), torch.randn(out, rank, device=device).requires_grad_()
+            a.grad, b.grad = a_grad, torch.zeros_like(b)
+            updates.append(LowRank(a, b, a_shadow, b.detach().to(dtype)))
         upstream = [draw(out).detach() for out, _ in sizes]
         if isinstance(source, Normed):
             upstream.insert(0, draw(n).detach())
@@ -213,6 +214,7 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
 
     dense = [[linear.dense(dtype) for linear in group[1]] for group in groups]
     xs = [draw(weights[0].shape[1]).detach() for weights in dense]
+    all_as = [torch.cat([update.a_shadow for update in group[2]]) for group in groups]
 
     def base() -> None:
         for x, weights, group in zip(xs, dense, groups, strict=True):
@@ -221,22 +223,22 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
                 dy @ weight
 
     def skinny() -> None:
-        for x, (_, _, updates, _, _, upstream) in zip(xs, groups, strict=True):
-            a = torch.cat([update.a_shadow for update in updates])
+        for x, (_, _, updates, _, _, upstream), a in zip(xs, groups, all_as, strict=True):
             u = x @ a.t()
             reference.wide_product(u.t(), x)
             for dy, update, u_i in zip(upstream[-len(updates) :], updates, u.split(rank, dim=1), strict=True):
                 dy @ update.b_shadow
                 reference.wide_product(dy.t(), u_i)
 
-    x, y, wide = xs[0], torch.empty_like(xs[0]), xs[3]
+    x, dy, dt, y = (draw(n).detach() for _ in range(4))
+    gate, up, wide = (draw(shape.mlp).detach() for _ in range(3))
 
     def apart() -> None:
         for _ in range(2):
             normalise(x, weight, 1e-5, y)
-            normalise_backward(x, weight, 1e-5, y, x, again=False)
-        swiglu(wide, wide)
-        swiglu_backward(wide, wide, wide, again=False)
+            normalise_backward(x, weight, 1e-5, dy, dt, again=False)
+        swiglu(gate, up)
+        swiglu_backward(gate, up, wide, again=False)
 
     # What must be done with A and B: u = x A^T, v = dy B, dA and dB read wide tensors and write skinny ones, so they
     # are timed as they are. u B^T and v A would write wide ones, which the base writes anyway: they count at the base's

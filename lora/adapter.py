@@ -6,8 +6,8 @@ of the update the same as r grows (Kalajdzievski 2023).
 Everything that learns lives in one flat fp32 buffer: every A in the model's order, then every B, each starting at a
 multiple of 256 elements (the block of the 8-bit optimiser, so that no block spans two matrices). Beside it lie one flat
 gradient and, if the model computes in 16 bits, one 16-bit *shadow* of the numbers, refreshed after each step. A and B
-are views. So the optimiser is one launch and the gradient norm one reduction, whatever the model; and linears that read
-the same input have their A under each other, so that one product serves them all.
+are views. So the optimiser is one launch and the gradient norm one reduction, whatever the model; and where r * in is a
+multiple of 256, linears that read the same input have their A under each other, as one matrix for one product.
 
 `wrap` puts the adapter's `project` in the place of the model's own, `unwrap` puts the model's back, and `fold` adds
 s B A to the weights; no module of the model is replaced or renamed.

@@ -138,15 +138,15 @@ class Graphs:
     """A `Forward` by graphs, one pair for each size. All graphs share one pool of memory, so a pack must have gone
     forward and backward before the next one begins.
 
-    Only the first pack of all runs op by op: kernels compile then and libraries load, which no graph could hold. Later
-    ones do not, since what op by op leaves behind in PyTorch's cache is as much memory again as the graphs have.
+    Only the first pack of all (and the first after memory ran out) runs op by op: kernels compile then and libraries
+    wake up, which no graph should hold. Later ones do not, since what op by op leaves behind in PyTorch's cache is as
+    much memory again as the graphs have.
     """
 
     def __init__(self, model: Llama, adapter: Adapter):
         self.model, self.adapter = model, adapter
         # Autograd calls a backward pass only where something asks for a gradient.
         self.leaf = torch.zeros((), device=model.head.device, requires_grad=True)
-        self.warm = False
         self.captured: dict[Size, Captured] = {}
         self.clear()
 
@@ -157,7 +157,7 @@ class Graphs:
 
     def clear(self) -> bool:
         """Gives back all graphs and their memory; whether there were any."""
-        held = bool(self.captured)
+        held, self.warm = bool(self.captured), False
         self.pool = torch.cuda.graph_pool_handle()
         self.inputs: dict[Size, Inputs] = {}
         self.captured.clear()
@@ -183,9 +183,12 @@ class Graphs:
 
     def _capture(self, inputs: Inputs) -> Captured:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, self.pool):
+        # Relaxed: what only this size needs may still be loaded.
+        with torch.cuda.graph(forward, self.pool, capture_error_mode="relaxed"):
             hidden = self._run(inputs)
-        with torch.cuda.graph(backward, self.pool):
+        # One place for the hidden states and their gradient: the loss has taken what it needs of the first before it
+        # makes the second, and the last norm keeps its input alone.
+        with torch.cuda.graph(backward, self.pool, capture_error_mode="relaxed"):
             hidden.backward(hidden.detach())
         return Captured(forward, backward, hidden.detach())
 

@@ -10,7 +10,7 @@ units:
     lr, grad_norm      of the step; the norm before clipping
     tokens, supervised_tokens, tokens_per_s
                        of the step
-    step_s             seconds, from its first forward pass to the optimiser's launch
+    step_s             seconds, from its first forward pass to the optimiser's launch, the next step's packing included
     mem_active_gib, mem_allocated_gib, mem_reserved_gib
                        peaks so far on a GPU; on a CPU all three are the resident size
     message            of an event

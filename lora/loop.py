@@ -148,8 +148,8 @@ def train_step(
         mean = 1 / (supervised * loss_scale.factor)
         sums = torch.stack((total, adapter.grad.norm()))
         meanwhile()
-        total, norm = sums.tolist()
-        loss, norm = total / supervised, norm * mean
+        summed, norm = sums.tolist()
+        loss, norm = summed / supervised, norm * mean
         if math.isfinite(norm) or not loss_scale.halve():
             break
     if not math.isfinite(loss + norm):
@@ -189,18 +189,19 @@ def not_finite(model: Llama, packs: Sequence[Pack]) -> list[str]:
 
 def in_packs(
     work: Callable[[list[Pack]], T],
-    pack: Callable[[int], list[Pack]],
+    packs_of: Callable[[int], list[Pack]],
     state: State,
     log: RunLog,
     release: Callable[[], bool],
 ) -> T:
-    """work(what `pack` makes of a budget). If the GPU's memory runs out: again, and from then on, with half the budget.
+    """work(what `packs_of` makes of a budget). If the GPU's memory runs out: again, and from then on, with half the
+    budget.
 
     However examples are packed, the step is the same but for the last bits, so to make it again is all it takes.
     release: gives back memory that was kept for packs of the old size, and says whether there was any.
     """
     while True:
-        packs = pack(state.micro_batch_tokens)
+        packs = packs_of(state.micro_batch_tokens)
         smallest = all(len(pack.lengths) == 1 for pack in packs)
         try:
             return work(packs)
@@ -301,11 +302,11 @@ def train(
     held_out = partial(pack_examples, range(len(data.eval)), data.eval)
 
     @lru_cache(maxsize=2)  # the step at work, and the next one, which is packed meanwhile
-    def packs_of(number: int, budget: int) -> list[Pack]:
-        return pack_examples(steps[number].examples, data.train, budget) if number < len(steps) else []
+    def packs_of_step(number: int, budget: int) -> list[Pack]:
+        return pack_examples(steps[number].examples if number < len(steps) else [], data.train, budget)
 
-    def packed_up(work: Callable[[list[Pack]], T], pack: Callable[[int], list[Pack]]) -> T:
-        return in_packs(work, pack, state, log, forward.clear)
+    def packed_up(work: Callable[[list[Pack]], T], packs_of: Callable[[int], list[Pack]]) -> T:
+        return in_packs(work, packs_of, state, log, forward.clear)
 
     def evaluated() -> float:
         losses = packed_up(partial(evaluate, model), held_out)
@@ -332,11 +333,11 @@ def train(
                 def one_step(packs: list[Pack], lr: float = lr) -> dict[str, float]:
                     keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
                     limit, scale = optim.max_grad_norm, state.loss_scale
-                    meanwhile = partial(packs_of, state.step + 1, state.micro_batch_tokens)
+                    meanwhile = partial(packs_of_step, state.step + 1, state.micro_batch_tokens)
                     return train_step(forward, adapter, optimiser, packs, keys, lr, limit, scale, meanwhile)
 
                 try:
-                    values = packed_up(one_step, partial(packs_of, state.step))
+                    values = packed_up(one_step, partial(packs_of_step, state.step))
                 except Diverged as error:
                     message = f"step {state.step + 1} stopped the run: {error}"
                     log.event(state.step, message)

@@ -71,46 +71,38 @@ def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
     return len(update.a) % 8 == 0 and tokens * abs(n_out - n_in) > copied
 
 
-def _stacked(matrices: list[Tensor]) -> Tensor | None:
-    """Each matrix under the one before, [all rows, n], if they stand so in memory already; an adapter lays them out so
-    for linears that read the same input."""
-    first, rows = matrices[0], sum(map(len, matrices))
-    where = first.data_ptr()
+def _joined(matrices: list[Tensor]) -> list[Tensor]:
+    """The same rows as one matrix, if each stands under the one before in memory (as an adapter lays out the A of
+    linears that read the same input); else as they are."""
+    first = matrices[0]
+    where, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for matrix in matrices:
-        if matrix.data_ptr() != where or matrix.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
+        if matrix.data_ptr() != where or matrix.untyped_storage().data_ptr() != storage:
+            return matrices
         where += matrix.nbytes
-    return first.as_strided((rows, first.shape[1]), first.stride())
+    return [first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())]
 
 
 def _all_a(updates: Sequence[LowRank]) -> Tensor:
     """Every A under the one before."""
-    matrices = [update.a_shadow for update in updates]
-    stacked = _stacked(matrices)
-    return torch.cat(matrices) if stacked is None else stacked
+    matrices = _joined([update.a_shadow for update in updates])
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 def _input(
-    kind: type,
-    first: Tensor,
-    second: Tensor | None,
-    eps: float,
-    x: Tensor | None,
-    dropped: Tensor | None,
-    keys,
-    p: float,
-) -> Tensor:
-    """The value of a source [T, in], in `x` if that is given, whose rows may lie apart; and m of it in `dropped`, if
-    that one is."""
+    kind: type, first: Tensor, second: Tensor | None, eps: float, keys: Tensor | None, p: float, x: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The value of a source [T, in], in `x` if that is given, whose rows may lie apart; and m of it, which without
+    dropout is the same tensor."""
+    dropped = torch.empty_like(first) if p else None
     if kind is Normed:
-        return normalise(first, second, eps, torch.empty_like(first) if x is None else x, dropped, keys, p)
-    if kind is Gated:
-        value = swiglu(first, second, dropped, keys, p)
+        x = normalise(first, second, eps, torch.empty_like(first) if x is None else x, dropped, keys, p)
     else:
-        value = first
-        if dropped is not None:
+        value = swiglu(first, second, dropped, keys, p) if kind is Gated else first
+        if kind is not Gated and p:
             copy(first, dropped, keys, p)
-    return value if x is None else copy(value, x)
+        x = value if x is None else copy(value, x)
+    return x, x if dropped is None else dropped
 
 
 def _ridden(
@@ -137,30 +129,51 @@ def _added(
     return add_low_rank(residual, u, b, torch.empty_like(residual)).addmm_(x, _dense(linear, x).t())
 
 
+def _ridden_back(dy: Tensor, linear: FrozenLinear, v: Tensor, a: Tensor) -> Tensor:
+    """[dy | v] [W ; A]."""
+    n_out, n_in = linear.shape
+    both, weight = dy.new_empty(len(dy), n_out + len(a)), dy.new_empty(n_out + len(a), n_in)
+    copy(dy, both[:, :n_out])
+    copy(v, both[:, n_out:])
+    _expanded(linear, weight[:n_out])
+    weight[n_out:] = a
+    return both @ weight
+
+
+def _summed(dys: list[Tensor], frozen: Sequence[FrozenLinear]) -> Tensor:
+    """sum_i dy_i W_i."""
+    dx = None
+    for dy, linear in zip(dys, frozen, strict=True):
+        # Not named, so that no weight outlives its product: they are the largest tensors around.
+        dx = dy @ _dense(linear, dy) if dx is None else dx.addmm_(dy, _dense(linear, dy))
+    return dx
+
+
 class Projections(torch.autograd.Function):
     """kind: the class of the source; first and second: its tensors; eps: its number."""
 
     @staticmethod
     def forward(ctx, first, second, residual, kind, eps, frozen, updates, scale, p, keys, hollow, *leaves):
+        held = [i for i, update in enumerate(updates) if update is not None]
+        p = p if held else 0.0
         ctx.kind, ctx.eps, ctx.frozen, ctx.updates, ctx.scale, ctx.p = kind, eps, frozen, updates, scale, p
         first, second, residual = (x if x is None else x.contiguous() for x in (first, second, residual))
         tokens, n_in = first.shape
         ys: list[Tensor | None] = [None] * len(frozen)
         us: list[Tensor | None] = [None] * len(frozen)
-        held = [i for i, update in enumerate(updates) if update is not None]
         # Two at most: a copy of x has two sides.
         riding = [i for i in held if frozen[i].shape[0] > n_in and _pays(frozen[i], updates[i], tokens)][:2]
         if hollow:
             ys, riding = [first.new_empty(tokens, linear.shape[0]) for linear in frozen], []
-        x, dropped = None, first.new_empty(first.shape) if p and held else None
+        x = None
         if riding:
             left, *right = (len(updates[i].a) for i in riding)
             room = first.new_empty(tokens, left + n_in + sum(right))
             x = room[:, left : left + n_in]
-        x = _input(kind, first, second, eps, x, dropped, keys, p)
+        x, masked = _input(kind, first, second, eps, keys, p, x)
         if held:
             a, ranks = _all_a([updates[i] for i in held]), [len(updates[i].a) for i in held]
-            u = scaled_product(x if dropped is None else dropped, a.t(), scale, x.new_empty(tokens, len(a)))
+            u = scaled_product(masked, a.t(), scale, x.new_empty(tokens, len(a)))
             for i, u_i in zip(held, u.split(ranks, dim=1), strict=True):
                 us[i] = u_i
         if riding:
@@ -186,57 +199,38 @@ class Projections(torch.autograd.Function):
         dys = [dy.contiguous() for dy in dys]
         dt = dys.pop(0) if kind is Normed else None
         held = [i for i, update in enumerate(ctx.updates) if update is not None]
-        updates, rides, dx, low, d_first, d_second = [ctx.updates[i] for i in held], False, None, None, None, None
+        updates = [ctx.updates[i] for i in held]
         if held:
             a, ranks = _all_a(updates), [len(update.a) for update in updates]
-            n_out, n_in = frozen[0].shape
-            rides = want_dx and p == 0 and len(frozen) == 1 and n_in > n_out
-            rides = rides and _pays(frozen[0], updates[0], len(dys[0]))
-            if rides:
-                room = dys[0].new_empty(len(dys[0]), n_out + len(a))  # [dy | v]
-                copy(dys[0], room[:, :n_out])
-                v = room[:, n_out:]
-            else:
-                v = dys[0].new_empty(len(dys[0]), len(a))
+            v = dys[0].new_empty(len(dys[0]), len(a))
             for i, update, v_i in zip(held, updates, v.split(ranks, dim=1), strict=True):
                 scaled_product(dys[i], update.b_shadow, ctx.scale, v_i)
                 add_product(update.b.grad, dys[i].t(), us[i])
-        if rides:
-            weight = dys[0].new_empty(n_out + len(a), n_in)  # [W ; A]
-            _expanded(frozen[0], weight[:n_out])
-            weight[n_out:] = a
-            dx = room @ weight
-            del weight
+        # dx, and what of it is still to be masked and added.
+        dx, low, (n_out, n_in) = None, None, frozen[0].shape
+        alone = want_dx and held and p == 0 and len(frozen) == 1
+        if alone and n_in > n_out and _pays(frozen[0], updates[0], len(v)):
+            dx = _ridden_back(dys[0], frozen[0], v, a)
         elif want_dx:
-            for dy, linear in zip(dys, frozen, strict=True):
-                # Not named, so that no weight outlives its product: they are the largest tensors around.
-                dx = dy @ _dense(linear, dy) if dx is None else dx.addmm_(dy, _dense(linear, dy))
+            dx = _summed(dys, frozen)
             if held and p == 0:
                 dx.addmm_(v, a)
             elif held and second is None:
                 add_low_rank(dx, v, a, dx, keys, p)
             elif held:
-                low = v @ a  # to be added where the mask is drawn anyway
-        masked = (low, keys, p) if low is not None else ()
+                low = v @ a
         # From the gradient of the input to that of its source; on the way m(x) is made again, for dA.
+        d_first, d_second, x = dx, None, None
         if want_dx and kind is Normed:
-            d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, bool(held), *masked)
+            d_first, x = normalise_backward(first, second, ctx.eps, dx, dt, bool(held), low, keys, p)
         elif want_dx and kind is Gated:
-            d_first, d_second, x = swiglu_backward(first, second, dx, bool(held), *masked)
+            d_first, d_second, x = swiglu_backward(first, second, dx, bool(held), low, keys, p)
         elif held:
-            d_first = dx
-            dropped = torch.empty_like(first) if p else None
-            x = _input(kind, first, second, ctx.eps, None, dropped, keys, p)
-            x = x if dropped is None else dropped
-        else:
-            d_first = dx
+            _, x = _input(kind, first, second, ctx.eps, keys, p)
         if held:
-            gradient = _stacked([update.a.grad for update in updates])
-            if gradient is not None:
-                add_product(gradient, v.t(), x)
-            else:
-                for update, v_i in zip(updates, v.split(ranks, dim=1), strict=True):
-                    add_product(update.a.grad, v_i.t(), x)
+            totals = _joined([update.a.grad for update in updates])
+            for total, v_i in zip(totals, v.split([len(total) for total in totals], dim=1), strict=True):
+                add_product(total, v_i.t(), x)
         d_residual = dys[0] if ctx.needs_input_grad[2] else None
         return d_first, d_second, d_residual, *[None] * (8 + 2 * len(held))
 

@@ -7,8 +7,9 @@ With g = w * dy, and dt what reaches x by the stream itself:
     dx = dt + rho * (g - x * rho^2 * mean(g * x))            (reference.RMSNorm has the derivation)
 
 Nothing is saved but x, which the stream keeps anyway: backward has x in registers, so it makes rho again, and y too
-where a linear wants its input back. Under dropout it takes the part of dy that is to be masked on its own, and draws
-the mask once for both. In 16 bits a row of n moves 2n bytes for each of x, y forward and x, dy, dt, dx, y backward.
+where a linear wants its input back. In 16 bits a row of n moves 2n bytes for each of x, y forward and x, dy, dt, dx, y
+backward. Under dropout m(y) is one more forward; and backward dy comes in two parts, of which one, `low`, is still to
+be masked, by the same mask as y.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def _forward(
 def _backward(
     x,  # [T, n]
     weight,  # [n]
-    dy,  # [T, n]; if AGAIN, overwritten by m(y)
-    low,  # [T, n]; if MASKED, m(low) is still to be added to dy
+    dy,  # [T, n]; if AGAIN, overwritten by y, masked if MASKED
+    low,  # [T, n], read if MASKED: m(low) is still to be added to dy
     dt,  # [T, n], read if ADDED
     dx,  # [T, n]
     keys,  # int32 [T], read if MASKED
@@ -121,10 +122,12 @@ def normalise_backward(
     keys: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx, where under dropout dy lacks m(low) as yet; and m(y) if wanted again, in the place of dy. All [T, n]."""
+    """dx, for the gradient dy + m(low) if there is a low; and, if wanted again, y or m(y), in the place of dy.
+    All [T, n]."""
     dx = torch.empty_like(x)
-    tensors = (x, weight, dy, low if p else dy, dy if dt is None else dt, dx, keys if p else x)
-    flags = {"ADDED": dt is not None, "AGAIN": again, "MASKED": p > 0}
+    masked = low is not None
+    tensors = (x, weight, dy, low if masked else dy, dy if dt is None else dt, dx, keys if masked else x)
+    flags = {"ADDED": dt is not None, "AGAIN": again, "MASKED": masked}
     _backward[(len(x),)](*tensors, x.shape[1], eps, *coin(p), **flags, **_layout(x.shape[1]))
     return dx, dy if again else None
 

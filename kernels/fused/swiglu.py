@@ -3,9 +3,9 @@
     dg = dy u sigma (1 + g (1 - sigma))        du = dy silu(g)
 
 Only g and u are kept, which the two projections made: backward has them in registers, so it makes sigma again, for an
-exponential is cheaper than memory, and y too where the linear after it wants its input back. Under dropout it takes the
-part of dy that is to be masked on its own, and draws the mask once for both. Forward moves three numbers an element,
-backward five, or six with y.
+exponential is cheaper than memory, and y too where the linear after it wants its input back. Forward moves three
+numbers an element, backward five, or six with y. Under dropout m(y) is one more forward; and backward dy comes in two
+parts, of which one, `low`, is still to be masked, by the same mask as y.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _forward(
 def _backward(
     gate,  # [T, n]
     up,  # [T, n]
-    dy,  # [T, n]; if AGAIN, overwritten by m(y)
-    low,  # [T, n]; if MASKED, m(low) is still to be added to dy
+    dy,  # [T, n]; if AGAIN, overwritten by y, masked if MASKED
+    low,  # [T, n], read if MASKED: m(low) is still to be added to dy
     d_gate,  # [T, n]
     d_up,  # [T, n]
     keys,  # int32 [T], read if MASKED
@@ -102,9 +102,10 @@ def swiglu_backward(
     keys: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d_gate and d_up, where under dropout dy lacks m(low) as yet; and m(y) if it is wanted again, in the place of dy.
-    All [T, n]."""
+    """d_gate and d_up, for the gradient dy + m(low) if there is a low; and, if wanted again, y or m(y), in the place of
+    dy. All [T, n]."""
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    tensors = (gate, up, dy, low if p else dy, d_gate, d_up, keys if p else dy)
-    _backward[_grid(dy)](*tensors, dy.shape[1], *coin(p), AGAIN=again, MASKED=p > 0, PAIRS=BLOCK // 2)
+    masked = low is not None
+    tensors = (gate, up, dy, low if masked else dy, d_gate, d_up, keys if masked else dy)
+    _backward[_grid(dy)](*tensors, dy.shape[1], *coin(p), AGAIN=again, MASKED=masked, PAIRS=BLOCK // 2)
     return d_gate, d_up, dy if again else None
