@@ -209,6 +209,8 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
 
     def run(ops) -> None:
         for source, frozen, updates, residual, leaves, upstream in groups:
+            if isinstance(source, Gated):  # which are given away
+                source = Gated(*(x.clone() for x in source))
             outputs = ops.projections(source, frozen, updates, 2.0, p, keys, residual)
             torch.autograd.grad(outputs, leaves, upstream)
 
@@ -237,8 +239,9 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
         for _ in range(2):
             normalise(x, weight, 1e-5, y)
             normalise_backward(x, weight, 1e-5, dy, dt, again=False)
-        swiglu(gate, up)
-        swiglu_backward(gate, up, wide, again=False)
+        gated = gate.clone(), up.clone()
+        swiglu(*gated)
+        swiglu_backward(*gated, wide, again=False)
 
     # What must be done with A and B: u = x A^T, v = dy B, dA and dB read wide tensors and write skinny ones, so they
     # are timed as they are. u B^T and v A would write wide ones, which the base writes anyway: they count at the base's

@@ -338,7 +338,8 @@ class Normed(NamedTuple):
 
 
 class Gated(NamedTuple):
-    """silu(gate) * up as the input of a linear, made again where it is needed again."""
+    """silu(gate) * up as the input of a linear, made again where it is needed again. Who hands gate and up over gives
+    them away: a backward pass may leave their gradients in their places."""
 
     gate: Tensor  # [T, n]
     up: Tensor  # [T, n]

@@ -102,7 +102,7 @@ class OptimConfig:
     recompute: Literal["none", "mlp", "block"] = flag(
         "none", "what to run again in backward instead of keeping what it made: the MLPs, or whole blocks"
     )
-    no_graphs: bool = flag(False, "on a GPU, run op by op instead of as CUDA graphs: slower, and somewhat less memory")
+    graphs: bool = flag(True, "on a GPU, replay packs as CUDA graphs; --no-graphs: op by op, slower")
     learning_rate: float = flag(2e-4, "peak learning rate", low=0)
     schedule: Literal["cosine", "linear", "constant"] = flag("cosine", "the learning rate after warmup")
     warmup_ratio: float = flag(0.1, "part of all steps in which the learning rate rises", low=0, high=1)
@@ -306,7 +306,7 @@ def parse(
     known = flags_of(tree)
     for name, f in known.items():
         option, shown = "--" + name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.default is not None and f.default is not False and "default" not in shown:
+        if f.default is not None and f.type is not bool and "default" not in shown:
             value = ",".join(f.default) if isinstance(f.default, tuple) else f.default
             chosen_by: dict[Any, list[str]] = {}
             for kind, settings in PRESETS.items():

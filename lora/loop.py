@@ -297,7 +297,7 @@ def train(
     save_every = settings.save_every or eval_every
     warmup = round(optim.warmup_ratio * len(steps)) if optim.warmup_steps is None else optim.warmup_steps
     log = RunLog(run, state.step, len(steps))
-    forward = choose_forward(model, adapter, graphs=not optim.no_graphs)
+    forward = choose_forward(model, adapter, optim.graphs)
 
     held_out = partial(pack_examples, range(len(data.eval)), data.eval)
 

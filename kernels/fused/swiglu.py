@@ -6,6 +6,8 @@ Only g and u are kept, which the two projections made: backward has them in regi
 exponential is cheaper than memory, and y too where the linear after it wants its input back. Forward moves three
 numbers an element, backward five, or six with y. Under dropout m(y) is one more forward; and backward dy comes in two
 parts, of which one, `low`, is still to be masked, by the same mask as y.
+
+These are the widest tensors of a block, so the gradients take the places of g and u, which nobody needs any more.
 """
 
 from __future__ import annotations
@@ -47,12 +49,10 @@ def _forward(
 
 @triton.jit
 def _backward(
-    gate,  # [T, n]
-    up,  # [T, n]
+    gate,  # [T, n], overwritten by its gradient
+    up,  # [T, n], overwritten by its gradient
     dy,  # [T, n]; if AGAIN, overwritten by y, masked if MASKED
     low,  # [T, n], read if MASKED: m(low) is still to be added to dy
-    d_gate,  # [T, n]
-    d_up,  # [T, n]
     keys,  # int32 [T], read if MASKED
     n,
     threshold,
@@ -73,8 +73,8 @@ def _backward(
         stays = kept(tl.load(keys + row), pair, threshold)
         d += tl.where(stays, tl.load(low + i, mask=inside, other=0.0).to(tl.float32) * scale, 0.0)
         out = tl.where(stays, out * scale, 0.0)
-    tl.store(d_gate + i, (d * u * sigma * (1 + g * (1 - sigma))).to(d_gate.dtype.element_ty), mask=inside)
-    tl.store(d_up + i, (d * g * sigma).to(d_up.dtype.element_ty), mask=inside)
+    tl.store(gate + i, (d * u * sigma * (1 + g * (1 - sigma))).to(gate.dtype.element_ty), mask=inside)
+    tl.store(up + i, (d * g * sigma).to(up.dtype.element_ty), mask=inside)
     if AGAIN:
         tl.store(dy + i, out.to(dy.dtype.element_ty), mask=inside)
 
@@ -102,10 +102,9 @@ def swiglu_backward(
     keys: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d_gate and d_up, for the gradient dy + m(low) if there is a low; and, if wanted again, y or m(y), in the place of
-    dy. All [T, n]."""
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    """The gradients of gate and up, in their places, for the gradient dy + m(low) if there is a low; and, if wanted
+    again, y or m(y), in the place of dy. All [T, n]."""
     masked = low is not None
-    tensors = (gate, up, dy, low if masked else dy, d_gate, d_up, keys if masked else dy)
+    tensors = (gate, up, dy, low if masked else dy, keys if masked else dy)
     _backward[_grid(dy)](*tensors, dy.shape[1], *coin(p), AGAIN=again, MASKED=masked, PAIRS=BLOCK // 2)
-    return d_gate, d_up, dy if again else None
+    return gate, up, dy if again else None
