@@ -127,8 +127,9 @@ def train_one(config: Config) -> int:
             raise UserError("the GPU's memory is too small for one example", f"--device {device}", how) from error
         finally:
             write_card(run, card(ending, config, resolved, data, steps, state))
-    best = "no evaluation yet" if state.best_loss is None else f"best {state.best_loss:.4f} at step {state.best_step}"
-    print(f"{ending} after step {state.step} of {len(steps)}, {best}: {run}")
+    best = "" if state.best_loss is None else f", best {state.best_loss:.4f} at step {state.best_step}"
+    then = f"go on with python train.py --resume --run-dir {run}" if ending == "interrupted" else run
+    print(f"{ending} after step {state.step} of {len(steps)}{best}: {then}")
     return {"interrupted": 130, "diverged": 1}.get(ending, 0)
 
 
@@ -161,7 +162,8 @@ def overview(
         f"held out: {long_eval.dropped} dropped, {long_eval.truncated} truncated",
         "tokens": f"{tokens:,}, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
         "micro-batch": f"{resolved.micro_batch_tokens:,} tokens; first step: {len(first)}, {100 * used:.0f} % full",
-        "steps": f"{len(steps)}, {round(steps[-1].epoch, 3):g} epochs",
+        "steps": f"{len(steps)}",
+        "epochs": f"{round(steps[-1].epoch, 3):g}",
         "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}",
         "run": str(run),
     }

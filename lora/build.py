@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError("there is no such device", f"--device {name}", "give cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = f"{torch.cuda.device_count()} CUDA GPUs are there"
+        there = f"CUDA GPUs that are there: {torch.cuda.device_count()}"
         raise UserError(there, f"--device {name}", "give a device that is there, or auto")
     if device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current one

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import tomllib
 import types
@@ -320,13 +321,25 @@ def parse(
             literal = typing.get_origin(f.type) is Literal
             metavar = "|".join(typing.get_args(f.type)) if literal else name.rsplit("_")[-1].upper()
             parser.add_argument(option, metavar=metavar, help=shown)
-    arguments, unknown = parser.parse_known_args(argv)
-    problems = [UserError(f"unknown argument {word}", "command line", "see --help") for word in unknown]
-
+    arguments, left = parser.parse_known_args(argv)
+    problems: list[UserError] = []
     given: dict[str, tuple[Any, str]] = {}
     if arguments.config is not None:
         for name, value in _read_toml(arguments.config, problems).items():
             given[name] = (value, f"{name} in {arguments.config}")
+    unknown: list[list[str]] = []  # each with what follows it
+    for word in left:
+        if word.startswith("--") or not unknown:
+            unknown.append(word.split("=", 1))
+        else:
+            unknown[-1].append(word)
+    for option, *words in unknown:
+        how = "see --help"
+        for name in difflib.get_close_matches(option.lstrip("-").replace("-", "_"), known, n=1):
+            how = f"did you mean --{name.replace('_', '-')}? see --help"
+            if words and known[name].type is not bool:  # lest it be told, too, that this flag is missing
+                given[name] = (words[0], option)
+        problems.append(UserError(f"unknown argument {' '.join([option, *words])}", "command line", how))
     for name in known:
         if (value := getattr(arguments, name)) is not None:
             given[name] = (value, "--" + name.replace("_", "-"))
@@ -398,7 +411,8 @@ def training_preset(values: dict[str, Any]) -> dict[str, Any]:
         problems.append(UserError(what, "--target-modules", f"choose from {','.join(LINEARS)}"))
     for name, kind in (("data", "JSONL"), ("eval_data", "JSONL"), ("words", "TSV")):
         if (path := values.get(name)) is not None and not Path(path).is_file():
-            problems.append(UserError("no such file", f"--{name.replace('_', '-')} {path}", f"give a {kind} file"))
+            what = "a folder, not a file" if Path(path).is_dir() else "no such file"
+            problems.append(UserError(what, f"--{name.replace('_', '-')} {path}", f"give a {kind} file"))
     if values.get("step_tokens") and ("batch_size" in values or "grad_accum" in values):
         problems.append(
             UserError("a step counted twice", "--step-tokens, --batch-size, --grad-accum", "count tokens or examples")

@@ -84,7 +84,9 @@ class RunLog:
                 aside.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        no_bar = not sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, bar_format=shape, dynamic_ncols=True, disable=no_bar)
         self._steps = steps
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -99,10 +101,11 @@ class RunLog:
         self._write("train", step, values)
         shown = {
             "loss": f"{values['loss']:.4f}",
-            "lr": f"{values['lr']:.2e}",
-            "grad": f"{values['grad_norm']:.3f}",
             "tok/s": f"{values['tokens_per_s']:,.0f}",
             "GiB": f"{values['mem_reserved_gib']:.1f}",
+            # A terminal of 80 columns may cut these off.
+            "lr": f"{values['lr']:.2e}",
+            "grad": f"{values['grad_norm']:.3f}",
         }
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()

@@ -228,7 +228,7 @@ def interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
         # Not print(): the signal may have come in the midst of one.
-        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        os.write(2, b"\nsaving after this step; once more stops at once and loses all since the last checkpoint\n")
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

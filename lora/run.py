@@ -110,7 +110,7 @@ def adapter_folder(run: Path, which: str) -> Path:
     there = checkpoints(run)
     step = max(there, default=None) if which == "last" else int(which) if which.isdecimal() else None
     if step not in there:
-        how = f"give best, last or one of {', '.join(map(str, there)) or 'none'}"
+        how = f"give best, last or a step that has one: {', '.join(map(str, there)) or 'none'}"
         raise UserError("no such checkpoint", f"--checkpoint {which}", how)
     return there[step]
 

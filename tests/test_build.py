@@ -218,7 +218,7 @@ def test_choose_device(monkeypatch):
     assert build.choose_device("auto") == CPU
     for name in ("cuda", "cuda:1"):
         (problem,) = problems(build.choose_device, name)
-        assert problem.startswith("0 CUDA GPUs are there")
+        assert problem.startswith("CUDA GPUs that are there: 0 (")
     for name in ("tpu", "cuda:", "cuda:x", "cpu:", ""):
         (problem,) = problems(build.choose_device, name)
         assert problem.startswith("there is no such device")

@@ -105,7 +105,7 @@ def assert_refused(ended: Ended, *words: str, problems: int = 1) -> None:
 @pytest.mark.parametrize(
     ("flags", "words", "problems"),
     [
-        (["--colour", "red"], ["--colour", "red"], 2),
+        (["--colour", "red"], ["--colour", "red"], 1),
         (["--lora-rank", "many"], ["'many'", "--lora-rank", "whole number"], 1),
         (
             ["--lora-rank", "0", "--lora-dropout", "2", "--epochs", "-1"],
@@ -284,7 +284,7 @@ def test_no_run(call, script, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--checkpoint", "7"], "--checkpoint 7"),
+        (["--checkpoint", "7"], "(--checkpoint 7): give best, last or a step that has one: 3"),
         (["--checkpoint", "worst"], "--checkpoint worst"),
         (["--model", "none"], "none"),
         (["--colour"], "--colour"),
@@ -355,6 +355,7 @@ def test_train_eval_merge(call, base, data):
     flags = [*FLAGS[:-2], "--batch-size", "4", "--epochs", "2", "--max-steps", "9", "--learning-rate", "1e-2"]
     ended = call("train", *flags, "--model", base, "--data", data, "--lora-dropout", "0.1")
     assert (ended.code, ended.errors) == (0, []), ended
+    assert re.search(r"steps +9\n +epochs +1.286\n", ended.out)
     run = Path("runs/chat")
     files = {path.name for path in run.iterdir()}
     assert files >= {

@@ -170,7 +170,7 @@ def test_toml_values_of_the_wrong_kind(data, tmp_path, line, expected):
         (["--words", "x.tsv", "--language", "de"], "no wording for this language (--language de)"),
         (["--data", "x.jsonl", "--list-size", "5"], "nothing here to use it for (--list-size)"),
         (["--level", "a1", "--target-modules", ""], "no linear was named (--target-modules)"),
-        (["--level", "a1", "--lora-ra", "4"], "unknown argument --lora-ra (command line)"),
+        (["--level", "a1", "--lora-ra", "4"], "unknown argument --lora-ra 4 (command line): did you mean --lora-rank?"),
         (
             ["--level", "a1", "--lora-dropout", "1"],
             "1.0 is out of range (--lora-dropout): give a number between 0 and 0.9",
@@ -187,6 +187,32 @@ def test_toml_values_of_the_wrong_kind(data, tmp_path, line, expected):
 )
 def test_flags_that_will_not_do(argv, problem):
     assert problem in [found[: len(problem)] for found in problems(parse, *argv)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "want"),
+    [
+        (["--levle", "a1"], ["unknown argument --levle a1 (command line): did you mean --level? see --help"]),
+        (["--levle=a1"], ["unknown argument --levle a1 (command line): did you mean --level? see --help"]),
+        (["--level", "a1", "--rslra", "x"], ["unknown argument --rslra x (command line): did you mean --rslora?"]),
+        (["--level", "a1", "--colour", "red"], ["unknown argument --colour red (command line): see --help"]),
+        (["--level", "a1", "red"], ["unknown argument red (command line): see --help"]),
+        (["--levle", "z9", "--sede", "x"], [
+            "unknown argument --levle z9 (command line)", "unknown argument --sede x (command line)",
+            "'x' will not do (--sede): give a whole number", "there is no level 'z9' (--level)",
+        ]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("-") else "",
+)  # fmt: skip
+def test_misspelt_flags(argv, want):
+    """One line for a flag and its value, which is looked at as if the flag had been spelt right."""
+    found = problems(parse, *argv)
+    assert [problem[: len(start)] for problem, start in zip(found, want, strict=True)] == want
+
+
+def test_data_that_is_a_folder(tmp_path):
+    (problem,) = problems(parse, "--data", str(tmp_path))
+    assert problem == f"a folder, not a file (--data {tmp_path}): give a JSONL file"
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3"])

@@ -402,7 +402,7 @@ def test_second_interrupt_stops_at_once(capfd):
     with pytest.raises(KeyboardInterrupt), loop.interrupts() as caught:
         os.kill(os.getpid(), signal.SIGINT)
         assert caught == [signal.SIGINT]
-        assert "then saving" in capfd.readouterr().err
+        assert "once more stops at once and loses all since the last checkpoint" in capfd.readouterr().err
         os.kill(os.getpid(), signal.SIGINT)
 
 

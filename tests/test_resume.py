@@ -226,6 +226,7 @@ def test_interrupted(trainer, whole, tmp_path, number):
     done = max(line["step"] for line in record)
     assert record[-1]["message"] == "interrupted and saved"
     assert max(checkpoints(run)) == done < STEPS
+    assert trainer.said().endswith(f": go on with python train.py --resume --run-dir {run}\n")
     card = json.loads((run / "run_card.json").read_text())
     assert (card["finished"], card["ending"], card["steps"]) == (False, "interrupted", done)
     assert trainer(run, "--resume") == 0, trainer.said()
