@@ -117,18 +117,7 @@ def test_step_in_16_bits(tmp_path, ops, device, dropout, dtype):
 def test_two_hundred_steps(smollm2, tmp_path, ops, device):
     """SmolLM2 on a1 lists with dropout, against the reference ops in fp32: no loss is further off, give or take 1 % or
     0.01 nats, than that of the reference in bf16, which loses more (benchmarks/RESULTS.md)."""
-    flags = [
-        "--level",
-        "a1",
-        "--model",
-        str(smollm2),
-        "--train-lists",
-        "160",
-        "--epochs",
-        "20",
-        "--lora-dropout",
-        "0.05",
-    ]
+    flags = f"--level a1 --model {smollm2} --train-lists 160 --epochs 20 --lora-dropout 0.05".split()
     losses = []
     for module, more in ((reference, ["--dtype", "fp32"]), (reference, ["--no-graphs"]), (fused, [])):
         ops(module)
