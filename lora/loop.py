@@ -298,15 +298,12 @@ def train(
     warmup = round(optim.warmup_ratio * len(steps)) if optim.warmup_steps is None else optim.warmup_steps
     log = RunLog(run, state.step, len(steps))
     forward = choose_forward(model, adapter, optim.graphs)
-
+    packed_up = partial(in_packs, state=state, log=log, release=forward.clear)
     held_out = partial(pack_examples, range(len(data.eval)), data.eval)
 
     @lru_cache(maxsize=2)  # the step at work, and the next one, which is packed meanwhile
     def packs_of_step(number: int, budget: int) -> list[Pack]:
         return pack_examples(steps[number].examples if number < len(steps) else [], data.train, budget)
-
-    def packed_up(work: Callable[[list[Pack]], T], packs_of: Callable[[int], list[Pack]]) -> T:
-        return in_packs(work, packs_of, state, log, forward.clear)
 
     def evaluated() -> float:
         losses = packed_up(partial(evaluate, model), held_out)
