@@ -162,7 +162,7 @@ def overview(
         f"held out: {long_eval.dropped} dropped, {long_eval.truncated} truncated",
         "tokens": f"{tokens:,}, {supervised:,} of them supervised ({100 * supervised / tokens:.0f} %)",
         "micro-batch": f"{resolved.micro_batch_tokens:,} tokens; first step: {len(first)}, {100 * used:.0f} % full",
-        "steps": f"{len(steps)}",
+        "steps": str(len(steps)),
         "epochs": f"{round(steps[-1].epoch, 3):g}",
         "optimiser": f"{resolved.optimizer}, {optim.schedule} from {optim.learning_rate:g}",
         "run": str(run),

@@ -188,12 +188,13 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
         Normed(draw(n), weight, 1e-5),
         Gated(draw(shape.mlp), draw(shape.mlp)),
     )
-    groups = []
+    groups, all_as = [], []
     for source, sizes in zip(sources, ([q, k, v], [o], gate_and_up, [down]), strict=True):
         frozen = [NF4Linear.quantise(0.02 * torch.randn(size, device=device)) for size in sizes]
         # As in an adapter, the A of linears that read the same input are one matrix.
         all_a = torch.randn(len(sizes) * rank, sizes[0][1], device=device)
-        matrices = [x.split(rank) for x in (all_a, all_a.to(dtype), torch.zeros_like(all_a))]
+        all_as.append(all_a.to(dtype))
+        matrices = [x.split(rank) for x in (all_a, all_as[-1], torch.zeros_like(all_a))]
         updates = []
         for (out, _), a, a_shadow, a_grad in zip(sizes, *matrices, strict=True):
             a, b = a.requires_grad_(), torch.randn(out, rank, device=device).requires_grad_()
@@ -216,7 +217,6 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
 
     dense = [[linear.dense(dtype) for linear in group[1]] for group in groups]
     xs = [draw(weights[0].shape[1]).detach() for weights in dense]
-    all_as = [torch.cat([update.a_shadow for update in group[2]]) for group in groups]
 
     def base() -> None:
         for x, weights, group in zip(xs, dense, groups, strict=True):
@@ -246,9 +246,8 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
     # What must be done with A and B: u = x A^T, v = dy B, dA and dB read wide tensors and write skinny ones, so they
     # are timed as they are. u B^T and v A would write wide ones, which the base writes anyway: they count at the base's
     # rate.
-    ridden = (
-        rank * sum(out + into for out, into in shape.linears) / (2 * sum(out * into for out, into in shape.linears))
-    )
+    low = rank * sum(out + into for out, into in shape.linears)
+    ridden = low / (2 * sum(out * into for out, into in shape.linears))
     name = f"the LoRA linears of a block, dropout {p}, forward + backward"
     floor = lambda clock: (1 + ridden) * clock.ms(base) + clock.ms(skinny)  # noqa: E731
     return Row(name, lambda: run(fused), floor, {"reference, with norms and gate": lambda: run(reference)}, apart)

@@ -228,9 +228,8 @@ def ours(work: Workload, folder: Path, steps: list[list[Example]], device: torch
 
     @lru_cache(maxsize=2)  # as in the loop: a step is packed while the GPU works at the one before
     def packs_of(number: int):
-        return (
-            pack_examples(range(len(steps[number])), steps[number], micro_batch_tokens) if number < len(steps) else []
-        )
+        examples = steps[number] if number < len(steps) else []
+        return pack_examples(range(len(examples)), examples, micro_batch_tokens)
 
     def step(number: int) -> float:
         packs = packs_of(number)

@@ -156,8 +156,8 @@ def saved_bytes(config: LlamaConfig, rank: int, dtype: torch.dtype, recompute: s
     A block saves: the residual stream and its normalised form, twice; q, k, v and the attention's output; gate, up and
     their product; and the skinny products x A^T of its seven linears. With recompute "mlp" nothing of the MLP but its
     input, with "block" only the block's input; and one at a time the rest. Not counted: the probabilities of short
-    examples, at most a quarter more. That is the reference; the fused ops keep a third less, and graphs take some of
-    it.
+    examples, at most a quarter more. That is the reference; the fused ops keep a third less, which leaves room for what
+    graphs of several sizes hold.
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     mlp = 3 * (config.intermediate_size + rank)

@@ -338,7 +338,8 @@ def parse(
             unknown[-1].append(word)
     for option, *words in unknown:
         how = "see --help"
-        for name in difflib.get_close_matches(option.lstrip("-").replace("-", "_"), known, n=1):
+        if close := difflib.get_close_matches(option.lstrip("-").replace("-", "_"), known, n=1):
+            (name,) = close
             how = f"did you mean --{name.replace('_', '-')}? see --help"
             if words and known[name].type is not bool:  # lest it be told, too, that this flag is missing
                 given[name] = (words[0], option)

@@ -157,7 +157,8 @@ class Graphs:
 
     def clear(self) -> bool:
         """Gives back all graphs and their memory; whether there were any."""
-        held, self.warm = bool(self.captured), False
+        held = bool(self.captured)
+        self.warm = False
         self.pool = torch.cuda.graph_pool_handle()
         self.inputs: dict[Size, Inputs] = {}
         self.captured.clear()
