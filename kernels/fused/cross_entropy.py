@@ -8,10 +8,12 @@ The head W is frozen, so dz is used once, for dh, right after it is made: a few 
 become dz where they stand, and go into the next one. For 128,256 words in bf16 a row is a quarter of a megabyte, and
 _SCRATCH bounds what stands at a time. The kernel reads a row twice, first for max and sum together, rescaling the sum
 whenever the max grows (online softmax, Milakov and Gimelshein 2018), then to turn z into dz; the second time most of
-it still lies in the GPU's L2.
+it still lies in the GPU's L2. Each thread keeps a max and a sum of its own, and they meet at the end.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -22,8 +24,10 @@ from kernels.reference import LinearCrossEntropy
 
 # Bytes of logits at a time: rows enough for GEMMs at full speed, little beside a model.
 _SCRATCH = 256 * 2**20
-# Logits of a row at a time, over sixteen warps.
-BLOCK = 8192
+# Rows at a time are a multiple of this: whole tiles of a GEMM.
+_GRAIN = 256
+# Logits of a row at a time, over 32 warps.
+BLOCK = 16384
 
 
 @triton.jit
@@ -37,16 +41,18 @@ def _losses(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]  # a thread reads 16 bytes
     target = tl.load(targets + row)
-    top = -float("inf")
-    total = 0.0
+    top = tl.full((BLOCK // 8,), -3e38, tl.float32)  # finite, for a thread may meet nothing but -inf
+    total = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        z = tl.load(logits + start + column, mask=start + column < vocabulary, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(z))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher))
+        at = start + column
+        z = tl.load(logits + at, mask=at < vocabulary, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(z, 1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
         top = higher
-    log_sum = top + tl.log(total)
+    highest = tl.max(top)
+    log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest)))
     tl.store(losses + row, log_sum - tl.load(logits + target).to(tl.float32))
     if GRADIENT:
         # The target's logit must be read by all before any of them is overwritten.
@@ -58,18 +64,25 @@ def _losses(
             tl.store(logits + at, dz.to(logits.dtype.element_ty), mask=at < vocabulary)
 
 
+def _windows(rows: int, most: int) -> Iterator[slice]:
+    """Pieces of `rows` rows, `most` each. The last is as long as its rows need, rounded up to _GRAIN, and reaches back:
+    what it makes again comes out the same. The number of rows differs from pack to pack, and the first GEMM of a shape
+    waits milliseconds for its kernel to be loaded."""
+    for start in range(0, rows - most + 1, most):
+        yield slice(start, start + most)
+    if rest := rows % most:
+        yield slice(max(0, rows - triton.cdiv(rest, _GRAIN) * _GRAIN), rows)
+
+
 def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, d_hidden: Tensor | None = None) -> Tensor:
     """See reference.token_losses."""
     head = head.to(hidden.dtype)
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    at_a_time = max(1, min(len(targets), _SCRATCH // (head.itemsize * len(head))))
-    if at_a_time > 256:
-        at_a_time -= at_a_time % 256  # whole tiles of a GEMM
-    buffer = hidden.new_empty(at_a_time, len(head))
-    block = min(BLOCK, triton.next_power_of_2(len(head)))
-    for start in range(0, len(targets), at_a_time):
-        rows = slice(start, start + at_a_time)
-        logits = torch.mm(hidden[rows], head.t(), out=buffer[: len(targets[rows])])
+    at_a_time = max(_GRAIN, _SCRATCH // (head.itemsize * len(head)) // _GRAIN * _GRAIN)
+    buffer = hidden.new_empty(min(at_a_time, len(targets)), len(head))
+    block = min(BLOCK, max(8, triton.next_power_of_2(len(head))))
+    for rows in _windows(len(targets), at_a_time):
+        logits = torch.mm(hidden[rows], head.t(), out=buffer[: rows.stop - rows.start])
         launch = {"GRADIENT": d_hidden is not None, "BLOCK": block, "num_warps": max(1, block // 512)}
         _losses[(len(logits),)](logits, targets[rows], losses[rows], len(head), **launch)
         if d_hidden is not None:
