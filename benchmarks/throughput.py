@@ -10,7 +10,8 @@ The peers run in one hand-written loop: bf16 autocast, bitsandbytes' 8-bit AdamW
 micro-batch. Padding is no work done, so a rate counts real tokens only.
 
 Peak memory is torch's, from the loaded model on, warm-up included. The floor is the matmuls that the step cannot do
-without, at the rate of one large bf16 matmul measured in the same process; attention and elementwise work come on top.
+without, at the rate that one large bf16 matmul sustains in the same process; attention and elementwise work come on
+top.
 """
 
 from __future__ import annotations
@@ -110,18 +111,19 @@ def matmul_flops(shape: Shape, work: Workload) -> int:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of [8192, 4096] x [4096, 8192] in bf16."""
+    """FLOP/s of [8192, 4096] x [4096, 8192] in bf16 that the card sustains: after a second of it, when it is as warm
+    and as slow as in a run (an H200 begins a fifth above that, and is at its power limit after a moment)."""
     n, products = (8192, 20) if device.type == "cuda" else (512, 2)
     a, b = (torch.randn(n, n // 2, device=device).bfloat16() for _ in range(2))
-    seconds = []
-    for _ in range(4):
+    seconds, began = [], time.perf_counter()
+    while time.perf_counter() - began < 2:
         synchronise(device)
         start = time.perf_counter()
         for _ in range(products):
             a @ b.t()
         synchronise(device)
         seconds.append((time.perf_counter() - start) / products)
-    return 2 * n * n * (n // 2) / min(seconds)
+    return 2 * n * n * (n // 2) / statistics.median(seconds[len(seconds) // 2 :])
 
 
 def synchronise(device: torch.device) -> None:
@@ -227,15 +229,14 @@ def ours(work: Workload, folder: Path, steps: list[list[Example]], device: torch
     forward = choose_forward(model, adapter)
 
     @lru_cache(maxsize=2)  # as in the loop: a step is packed while the GPU works at the one before
-    def packs_of(number: int):
+    def packed(number: int):
         examples = steps[number] if number < len(steps) else []
-        return pack_examples(range(len(examples)), examples, micro_batch_tokens)
+        packs = pack_examples(range(len(examples)), examples, micro_batch_tokens)
+        return packs, [token_keys(0, number, pack) for pack in packs]
 
     def step(number: int) -> float:
-        packs = packs_of(number)
-        keys = [token_keys(0, number, pack) for pack in packs]
-        meanwhile = partial(packs_of, number + 1)
-        return train_step(forward, adapter, optimiser, packs, keys, 2e-4, 1.0, LossScale(), meanwhile)["loss"]
+        meanwhile = partial(packed, number + 1)
+        return train_step(forward, adapter, optimiser, *packed(number), 2e-4, 1.0, LossScale(), meanwhile)["loss"]
 
     return step
 

@@ -43,6 +43,7 @@ def _op(name: str) -> Callable:
 
 adamw8bit = _op("adamw8bit")
 attention = _op("attention")
+input_keys = _op("input_keys")
 linear_cross_entropy = _op("linear_cross_entropy")
 projections = _op("projections")
 rms_norm = _op("rms_norm")
@@ -58,6 +59,7 @@ __all__ = [
     "adamw8bit",
     "attention",
     "implementation",
+    "input_keys",
     "linear_cross_entropy",
     "mix_keys",
     "projections",

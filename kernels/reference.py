@@ -75,7 +75,8 @@ class RoPE(torch.autograd.Function):
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (Su et al. 2021) on queries and keys, in Hugging Face's half-split layout.
 
-    q [T, heads, D], k [T, kv_heads, D], cos and sin fp32 [T, D/2] -> q and k rotated, same shapes.
+    q [T, heads, D], k [T, kv_heads, D], cos and sin fp32 [T, D/2] -> q and k rotated, same shapes. Who hands q and k
+    over gives them away, and so are their gradients: they may be rotated where they stand.
     """
     return RoPE.apply(q, k, cos, sin)
 
@@ -269,6 +270,11 @@ def mix_keys(keys: Tensor, value: int | Tensor) -> Tensor:
     keys int32 [...], value an integer or int32 [...] -> int32 [...].
     """
     return _mix(keys * 0x2545F491 + value)
+
+
+def input_keys(token_keys: Tensor, inputs: int) -> Tensor:
+    """Every token's key at each of so many inputs: int32 [T] -> int32 [inputs, T]."""
+    return mix_keys(token_keys, torch.arange(inputs, dtype=torch.int32, device=token_keys.device)[:, None])
 
 
 def dropout_mask(keys: Tensor, channels: int, p: float) -> Tensor:

@@ -150,8 +150,7 @@ class Adapter:
     def dropping(self, token_keys: Tensor) -> Iterator[None]:
         """Dropout is on inside the `with` block (it must hold the backward pass too); token_keys int32 [T]."""
         if self.config.dropout:
-            inputs = torch.arange(4 * self.layers, dtype=torch.int32, device=token_keys.device)
-            self.keys = kernels.mix_keys(token_keys, inputs[:, None])
+            self.keys = kernels.input_keys(token_keys, 4 * self.layers)
         try:
             yield
         finally:

@@ -64,8 +64,8 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, pack: Pack) -> Size:
-        """A little more than the pack takes, so that few sizes serve all packs: 16 numbers of tokens to an octave."""
-        grain = max(64, _power_of_two(len(pack.ids)) // 32)
+        """A little more than the pack takes, so that few sizes serve all packs: 32 numbers of tokens to an octave."""
+        grain = max(64, _power_of_two(len(pack.ids)) // 64)
         tokens = -(-len(pack.ids) // grain) * grain
         return cls(tokens, max(32, _power_of_two(len(pack.lengths) + 1)))
 
@@ -82,29 +82,32 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@dataclass
 class Inputs:
-    """The fixed places, on the GPU."""
+    """The fixed places on the GPU.
 
-    ids: Tensor  # int64 [tokens]
-    positions: Tensor  # int64 [tokens]
-    keys: Tensor | None  # int32 [4 * layers, tokens], if there is dropout
-    starts: Tensor  # int32 [examples + 1]
+    ids        int32 [tokens]
+    positions  int32 [tokens]
+    starts     int32 [examples + 1]
+    keys       int32 [4 * layers, tokens], if there is dropout
+    """
 
-    @classmethod
-    def empty(cls, size: Size, keys: Tensor | None, device: torch.device) -> Inputs:
+    def __init__(self, size: Size, keys: Tensor | None, device: torch.device):
         """All zeros; keys: of a pack."""
-        longs = torch.zeros(2, size.tokens, dtype=torch.int64, device=device)
-        starts = torch.zeros(size.examples + 1, dtype=torch.int32, device=device)
-        return cls(*longs, None if keys is None else keys.new_zeros(len(keys), size.tokens), starts)
+        self.size = size
+        # The first three are one tensor, so that a pack takes one copy.
+        self.places = torch.zeros(2 * size.tokens + size.examples + 1, dtype=torch.int32, device=device)
+        self.ids, self.positions, self.starts = self._split(self.places)
+        self.keys = None if keys is None else keys.new_zeros(len(keys), size.tokens)
 
-    def fill(self, pack: Pack, size: Size, keys: Tensor | None) -> None:
-        device, n = self.ids.device, len(pack.ids)
-        parts = (self.ids[:n], pack.ids), (self.positions[:n], pack.positions), (self.starts, size.starts(pack))
-        for place, tensor in parts:
-            place.copy_(upload(tensor, device), non_blocking=True)
-        self.ids[n:].zero_()
-        self.positions[n:].zero_()
+    def _split(self, places: Tensor) -> tuple[Tensor, ...]:
+        return places.split([self.size.tokens, self.size.tokens, self.size.examples + 1])
+
+    def fill(self, pack: Pack, keys: Tensor | None) -> None:
+        n, filled = len(pack.ids), torch.zeros(self.places.shape, dtype=torch.int32, pin_memory=True)
+        ids, positions, starts = self._split(filled)
+        ids[:n], positions[:n] = pack.ids, pack.positions
+        starts.copy_(self.size.starts(pack))
+        self.places.copy_(filled, non_blocking=True)
         if keys is not None:
             self.keys[:, :n].copy_(keys)
 
@@ -167,9 +170,9 @@ class Graphs:
     def __call__(self, pack: Pack) -> Tensor:
         size, keys = Size.of(pack), self.adapter.keys
         if size not in self.inputs:
-            self.inputs[size] = Inputs.empty(size, keys, self.leaf.device)
+            self.inputs[size] = Inputs(size, keys, self.leaf.device)
         inputs = self.inputs[size]
-        inputs.fill(pack, size, keys)
+        inputs.fill(pack, keys)
         # The rest of this pass, backward too, draws its masks by the keys in the fixed places.
         self.adapter.keys = inputs.keys
         if not self.warm:

@@ -305,6 +305,10 @@ def train(
     def packs_of_step(number: int, budget: int) -> list[Pack]:
         return pack_examples(steps[number].examples if number < len(steps) else [], data.train, budget)
 
+    @lru_cache(maxsize=2)
+    def keys_of_step(number: int, budget: int) -> list[Tensor]:
+        return [token_keys(settings.seed, number, pack) for pack in packs_of_step(number, budget)]
+
     def evaluated() -> float:
         losses = packed_up(partial(evaluate, model), held_out)
         if not math.isfinite(losses.response + losses.full):
@@ -328,9 +332,9 @@ def train(
                 lr = learning_rate(state.step, len(steps), warmup, optim.schedule, optim.learning_rate)
 
                 def one_step(packs: list[Pack], lr: float = lr) -> dict[str, float]:
-                    keys = [token_keys(settings.seed, state.step, pack) for pack in packs]
+                    keys = keys_of_step(state.step, state.micro_batch_tokens)
                     limit, scale = optim.max_grad_norm, state.loss_scale
-                    meanwhile = partial(packs_of_step, state.step + 1, state.micro_batch_tokens)
+                    meanwhile = partial(keys_of_step, state.step + 1, state.micro_batch_tokens)
                     return train_step(forward, adapter, optimiser, packs, keys, lr, limit, scale, meanwhile)
 
                 try:

@@ -100,6 +100,7 @@ def launch_all(dtype: torch.dtype) -> None:
     weight, angles = leaf(2048).detach(), torch.zeros(4, 32)
     fused.rms_norm(leaf(4, 2048), weight, 1e-5).sum().backward()
     sum(y.sum() for y in fused.rope(leaf(4, 32, 64), leaf(4, 8, 64), angles, angles)).backward()
+    fused.input_keys(torch.zeros(4, dtype=torch.int32), 8)
     targets = torch.zeros(4, dtype=torch.int64)
     fused.linear_cross_entropy(leaf(4, 64), leaf(128256, 64).detach(), targets).backward()
     for tokens, rank in ((1, 16), (40, 4), (100, 128)):

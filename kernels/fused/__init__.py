@@ -3,6 +3,7 @@
 from kernels.fused.adamw8bit import adamw8bit
 from kernels.fused.attention import attention, flash_takes
 from kernels.fused.cross_entropy import linear_cross_entropy, token_losses
+from kernels.fused.dropout import input_keys
 from kernels.fused.lora_linear import projections
 from kernels.fused.nf4 import expand_nf4
 from kernels.fused.rms_norm import rms_norm
@@ -13,6 +14,7 @@ __all__ = [
     "attention",
     "expand_nf4",
     "flash_takes",
+    "input_keys",
     "linear_cross_entropy",
     "projections",
     "rms_norm",

@@ -4,6 +4,7 @@ is ever stored, and whoever needs it draws it again. Two neighbouring channels t
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +29,27 @@ def kept(keys, pair, threshold):
     return tl.interleave(bits & 0xFFFF, bits >> 16) >= threshold
 
 
+@triton.jit
+def _input_keys(
+    token_keys,  # int32 [T]
+    keys,  # int32 [inputs, T]
+    tokens,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(token_keys + token, mask=token < tokens, other=0).to(tl.uint32, bitcast=True)
+    key = _mix(key * 0x2545F491 + tl.program_id(1).to(tl.uint32))
+    at = keys + tl.program_id(1).to(tl.int64) * tokens + token
+    tl.store(at, key.to(tl.int32, bitcast=True), mask=token < tokens)
+
+
+def input_keys(token_keys: Tensor, inputs: int) -> Tensor:
+    """See reference.input_keys. One launch for what are a dozen in PyTorch: a step begins with it."""
+    keys = torch.empty(inputs, len(token_keys), dtype=torch.int32, device=token_keys.device)
+    _input_keys[(triton.cdiv(len(token_keys), BLOCK), inputs)](token_keys, keys, len(token_keys), BLOCK=BLOCK)
+    return keys
+
+
 def coin(p: float) -> tuple[int, float]:
     """The threshold that `kept` compares with, and the scale of what is kept."""
     return round(p * 2**16), 1 / (1 - p)
@@ -38,21 +60,23 @@ def _copy(
     x,  # [T, n], rows `stride` apart
     keys,  # int32 [T], read if MASKED
     y,  # [T, n], rows `y_stride` apart
+    tokens,
     n,
     stride,
     y_stride,
     threshold,
     scale,
     MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
-    column = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
-    inside = column < n
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    pair = (tl.program_id(1) * PAIRS + tl.arange(0, PAIRS))[None, :]
+    column = (tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS))[None, :]
+    inside = (row < tokens) & (column < n)
     value = tl.load(x + row * stride + column, mask=inside, other=0.0)
     if MASKED:
-        stays = kept(tl.load(keys + row), pair, threshold)
+        stays = kept(tl.load(keys + row, mask=row < tokens, other=0), pair, threshold)
         value = tl.where(stays, value.to(tl.float32) * scale, 0.0).to(y.dtype.element_ty)
     tl.store(y + row * y_stride + column, value, mask=inside)
 
@@ -62,8 +86,10 @@ def copy(x: Tensor, y: Tensor, keys: Tensor | None = None, p: float = 0.0) -> Te
 
     Rows of x and y [T, n] may lie apart, for which PyTorch's copy takes twice as long. Returns y.
     """
-    masked, grid = p > 0, (len(x), triton.cdiv(x.shape[1], BLOCK))
-    keys = keys if masked else x
-    launch = {"MASKED": masked, "PAIRS": BLOCK // 2}
-    _copy[grid](x, keys, y, x.shape[1], x.stride(0), y.stride(0), *coin(p), **launch)
+    masked, (tokens, n) = p > 0, x.shape
+    width = min(BLOCK, max(2, triton.next_power_of_2(n)))
+    rows = BLOCK // width  # few programs for narrow rows
+    grid = (triton.cdiv(tokens, rows), triton.cdiv(n, width))
+    launch = {"MASKED": masked, "ROWS": rows, "PAIRS": width // 2}
+    _copy[grid](x, keys if masked else x, y, tokens, n, x.stride(0), y.stride(0), *coin(p), **launch)
     return y
