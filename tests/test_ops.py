@@ -97,7 +97,7 @@ def compare(op: Callable, plain: Callable, tolerance: float, **inputs: Tensor) -
         got, want = [got], [want]
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator).to(y) for y in got]
-    torch.autograd.backward(got, upstream)
+    torch.autograd.backward(got, [dy.clone() for dy in upstream])  # which may be overwritten
     torch.autograd.backward(want, [dy.double() for dy in upstream])
     for i, (y, wanted) in enumerate(zip(got, want, strict=True)):
         assert_close(f"output {i}", y, wanted, tolerance)
@@ -131,6 +131,17 @@ def test_rope(case, draw):
 
     inputs = {"q": draw(t, 6, d), "k": draw(t, 2, d)}
     compare(lambda q, k: case.ops.rope(q, k, cos, sin), lambda q, k: (turn(q), turn(k)), case.tolerance, **inputs)
+
+
+# --- dropout ---
+
+
+def test_input_keys(case):
+    """The same numbers everywhere, so that a run may move from one machine to another."""
+    tokens = torch.arange(-9, 20, dtype=torch.int32, device=case.device) * 98765432
+    found = case.ops.input_keys(tokens, 7)
+    assert torch.equal(found, reference.input_keys(tokens, 7))
+    assert torch.equal(found[3], reference.mix_keys(tokens, 3)) and len(found.unique()) == found.numel()
 
 
 # --- attention ---
@@ -344,6 +355,27 @@ def test_projections_of_what_is_made_on_the_way(case, draw, width, held, kind, p
     compare(op, plain, case.tolerance, **inputs, **low_ranks(draw, n_in, outs, held))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3], ids="dropout{}".format)
+def test_projections_of_gradients_side_by_side(case, draw, p):
+    """As attention hands them over; in the order of the linears, they may be one product."""
+    n_in, outs = WIDTHS["narrow"]
+    tokens, frozen = 5, frozen_linears(draw, n_in, outs, "nf4")
+    keys = torch.arange(tokens, dtype=torch.int32, device=case.device)
+    x, leaves = draw(tokens, n_in), low_ranks(draw, n_in, outs, (True,) * len(outs))
+    apart = [draw(tokens, out) for out in outs]
+    beside = torch.cat(apart, dim=1).split(outs, dim=1)
+    reverse = torch.cat(apart[::-1], dim=1).split(outs[::-1], dim=1)[::-1]
+    found = []
+    for dys in (apart, beside, reverse):
+        mine = {name: leaf.clone().requires_grad_() for name, leaf in {"x": x, **leaves}.items()}
+        ys = case.ops.projections(mine["x"], frozen, updates_of(mine, len(outs), case.dtype), SCALE, p, keys)
+        torch.autograd.backward(ys, [*dys])
+        found.append({name: leaf.grad for name, leaf in mine.items()})
+    for gradients in found[1:]:
+        for name, gradient in gradients.items():
+            assert_close(f"the gradient of {name}", gradient, found[0][name].double(), case.tolerance)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_projections_add_to_the_gradient(case, draw, width):
     """A second backward pass adds to what the first one left, bit for bit."""
@@ -401,18 +433,19 @@ def test_expand_nf4(case, draw, shape):
 # --- loss ---
 
 
-@pytest.mark.parametrize("rows", [1, 7, reference._LOGIT_ROWS], ids="rows{}".format)
-def test_linear_cross_entropy(case, draw, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "grain"), [(1, 1), (7, 3), (reference._LOGIT_ROWS, 256)])
+def test_linear_cross_entropy(case, draw, rows, grain, monkeypatch):
     head = draw(61, 24)
     monkeypatch.setattr(reference, "_LOGIT_ROWS", rows)
     if fused:
         monkeypatch.setattr(cross_entropy, "_SCRATCH", rows * head[:, 0].nbytes)
-    targets = torch.arange(100, device=case.device) * 7 % 61
+        monkeypatch.setattr(cross_entropy, "_GRAIN", grain)
+    targets = torch.arange(40, device=case.device) * 7 % 61
 
     def plain(hidden):
         return F.cross_entropy(hidden @ head.double().t(), targets, reduction="sum")
 
-    hidden = draw(100, 24) / 2
+    hidden = draw(40, 24) / 2
     compare(lambda hidden: case.ops.linear_cross_entropy(hidden, head, targets), plain, case.tolerance, hidden=hidden)
 
     each = F.cross_entropy(hidden.double() @ head.double().t(), targets, reduction="none")
@@ -454,6 +487,7 @@ def test_kernels_compile():
         "attention._backward_keys",
         "adamw8bit._step",
         "dropout._copy",
+        "dropout._input_keys",
         "low_rank._add",
     ):
         compiled = re.findall(rf"{re.escape(kernel)} +sm_(\d+)", done.stdout)

@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
+from kernels.fused.rope import rows_apart
 
 
 class Launch(NamedTuple):
@@ -208,13 +209,14 @@ def _backward_queries(
     d_out,  # like out
     lse,  # fp32 [kv_heads, T, G]
     delta,  # fp32 [kv_heads, T, G], written
-    dq,  # [T, kv_heads * G, D]
+    dq,  # [T, kv_heads * G, D], tokens d_stride apart
     n,
     tokens,
     kv_heads,
     q_stride,
     k_stride,
     v_stride,
+    d_stride,
     SCALE: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -256,7 +258,8 @@ def _backward_queries(
         total = _add_dq(
             total, qs, do, k, v, ls, deltas, k_stride, v_stride, position, begin, length, C, D, WIDTH, KEYS, False
         )
-    _store(dq + base, at, position, end, total * SCALE, D, WIDTH)
+    dq += token * d_stride + head * (G * D)
+    _store(dq, row // G * d_stride + row % G * D, position, end, total * SCALE, D, WIDTH)
 
 
 @triton.jit
@@ -293,14 +296,15 @@ def _backward_keys(
     d_out,  # [T, kv_heads * G, D]
     lse,  # fp32 [kv_heads, T, G]
     delta,  # fp32 [kv_heads, T, G]
-    dk,  # [T, kv_heads, D]
-    dv,  # [T, kv_heads, D]
+    dk,  # [T, kv_heads, D], tokens d_stride apart
+    dv,  # [T, kv_heads, D], tokens d_stride apart
     n,
     tokens,
     kv_heads,
     q_stride,
     k_stride,
     v_stride,
+    d_stride,
     SCALE: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -341,7 +345,7 @@ def _backward_keys(
                 dks, dvs, ks, vs, q, d_out, lse, delta, q_stride, do_stride, first, begin, length,
                 C, D, G, WIDTH, ROWS, KEYS, False,
             )  # fmt: skip
-    base, at = (token * kv_heads + head) * D, key * (kv_heads * D)
+    base, at = token * d_stride + head * D, key * d_stride
     _store(dk + base, at, first + key, length, dks * SCALE, D, WIDTH)
     _store(dv + base, at, first + key, length, dvs, D, WIDTH)
 
@@ -388,38 +392,39 @@ def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Te
 
 
 def backward_queries(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, out: Tensor, d_out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dQ, and delta like lse."""
-    dq, delta = torch.empty_like(out), torch.empty_like(lse)
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, dq: Tensor
+) -> Tensor:
+    """dQ, written to dq, whose tokens may lie apart; returns delta, like lse."""
+    delta = torch.empty_like(lse)
     constants = _constants(q, k, starts, "queries")
     grid = _grid(q, k, starts, constants["ROWS"] // constants["G"])
     constants |= {"SCALE": q.shape[-1] ** -0.5, "DIAGONAL": _diagonal(constants)}
     tensors = q, k, v, starts, out, d_out, lse, delta, dq
-    _backward_queries[grid](*tensors, *_arguments(q, k, v, starts), **constants)
-    return dq, delta
+    _backward_queries[grid](*tensors, *_arguments(q, k, v, starts), dq.stride(0), **constants)
+    return delta
 
 
 def backward_keys(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dK and dV."""
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """dK and dV, written to dk and dv, whose tokens may lie equally apart."""
     constants = _constants(q, k, starts, "keys") | {"SCALE": q.shape[-1] ** -0.5}
-    tensors = q, k, v, starts, d_out, lse, delta, dk, dv
-    _backward_keys[_grid(q, k, starts, constants["KEYS"])](*tensors, *_arguments(q, k, v, starts), **constants)
-    return dk, dv
-
-
-def _rows_apart(x: Tensor) -> Tensor:
-    """x [T, heads, D] with heads and channels side by side; only tokens may lie apart."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+    tensors, grid = (q, k, v, starts, d_out, lse, delta, dk, dv), _grid(q, k, starts, constants["KEYS"])
+    _backward_keys[grid](*tensors, *_arguments(q, k, v, starts), dk.stride(0), **constants)
 
 
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-        q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
+        q, k, v = rows_apart(q), rows_apart(k), rows_apart(v)
         out, lse = forward(q, k, v, starts)
         ctx.save_for_backward(q, k, v, starts, out, lse)
         return out
@@ -428,8 +433,12 @@ class Attention(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         q, k, v, starts, out, lse = ctx.saved_tensors
         d_out = d_out.contiguous()
-        dq, delta = backward_queries(q, k, v, starts, out, d_out, lse)
-        return dq, *backward_keys(q, k, v, starts, d_out, lse, delta), None
+        # Side by side, as one GEMM of the projections reads them.
+        heads = [x.shape[1] for x in (q, k, v)]
+        dq, dk, dv = q.new_empty(len(q), sum(heads), q.shape[2]).split(heads, dim=1)
+        delta = backward_queries(q, k, v, starts, out, d_out, lse, dq)
+        backward_keys(q, k, v, starts, d_out, lse, delta, dk, dv)
+        return dq, dk, dv, None
 
 
 @lru_cache(maxsize=8)

@@ -16,6 +16,9 @@ expanded anyway and may as well be expanded beside B (a W in 16 bits is copied).
                              mask comes between v A and dx)
     elsewhere                GEMMs that add to what is there (beta = 1): what they read again is narrow
 
+Where W is narrow (out <= in: q, k, v) the linears on one x are one GEMM, if they are in NF4: expanded under each other
+they are one W, and the outputs stand side by side. Backward, too, if the gradients come side by side (attention.py).
+
 Two linears that ride along share one copy of x: with [u_0 | x | u_1], the first reads the left columns and [B_0 | W_0],
 the second the right ones and [W_1 | B_1]. A norm before them writes x there itself.
 
@@ -58,9 +61,15 @@ def _expanded(linear: FrozenLinear, out: Tensor) -> Tensor:
     return out.copy_(linear.dense(out.dtype)) if linear.nf4 is None else nf4.expand_nf4(linear.nf4, out)
 
 
-def _dense(linear: FrozenLinear, like: Tensor) -> Tensor:
-    """The weight [out, in] in the dtype of `like`."""
-    return linear.dense(like.dtype) if linear.nf4 is None else _expanded(linear, like.new_empty(linear.shape))
+def _dense(frozen: Sequence[FrozenLinear], like: Tensor) -> Tensor:
+    """The weights under each other, [sum of out, in], in the dtype of `like`."""
+    if len(frozen) == 1 and frozen[0].nf4 is None:
+        return frozen[0].dense(like.dtype)
+    outs = [linear.shape[0] for linear in frozen]
+    weight = like.new_empty(sum(outs), frozen[0].shape[1])
+    for linear, rows in zip(frozen, weight.split(outs), strict=True):
+        _expanded(linear, rows)
+    return weight
 
 
 def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
@@ -71,21 +80,28 @@ def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
     return len(update.a) % 8 == 0 and tokens * abs(n_out - n_in) > copied
 
 
-def _joined(matrices: list[Tensor]) -> list[Tensor]:
-    """The same rows as one matrix, if each stands under the one before in memory (as an adapter lays out the A of
-    linears that read the same input); else as they are."""
+def _joined(matrices: list[Tensor], dim: int) -> list[Tensor]:
+    """The same as one matrix, if each stands under (dim 0) or beside (dim 1) the one before in memory; else as they
+    are. An adapter lays out the A of linears that read the same input so, and attention the gradients of q, k and v."""
     first = matrices[0]
-    where, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    where, alike = first.data_ptr(), (first.untyped_storage().data_ptr(), first.stride())
     for matrix in matrices:
-        if matrix.data_ptr() != where or matrix.untyped_storage().data_ptr() != storage:
+        if matrix.data_ptr() != where or (matrix.untyped_storage().data_ptr(), matrix.stride()) != alike:
             return matrices
-        where += matrix.nbytes
-    return [first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())]
+        where += matrix.shape[dim] * matrix.stride(dim) * matrix.itemsize
+    size = list(first.shape)
+    size[dim] = sum(matrix.shape[dim] for matrix in matrices)
+    return [first.as_strided(size, first.stride())]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [T, n] with each row in one piece, as GEMMs take it."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def _all_a(updates: Sequence[LowRank]) -> Tensor:
     """Every A under the one before."""
-    matrices = _joined([update.a_shadow for update in updates])
+    matrices = _joined([update.a_shadow for update in updates], 0)
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
@@ -117,16 +133,23 @@ def _ridden(
 
 
 def _added(
-    x: Tensor, linear: FrozenLinear, update: LowRank | None, u: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    """x W^T [+ u B^T] [+ residual], one after the other."""
-    if update is None:
-        weight = _dense(linear, x).t()
-        return x @ weight if residual is None else torch.addmm(residual, x, weight)
-    b = update.b_shadow.t()
-    if residual is None:
-        return (x @ _dense(linear, x).t()).addmm_(u, b)
-    return add_low_rank(residual, u, b, torch.empty_like(residual)).addmm_(x, _dense(linear, x).t())
+    x: Tensor,
+    frozen: list[FrozenLinear],
+    updates: list[LowRank | None],
+    us: list[Tensor | None],
+    residual: Tensor | None,
+) -> list[Tensor]:
+    """x W_i^T [+ u_i B_i^T], as columns of one matrix; or, for one linear, residual + x W^T [+ u B^T]."""
+    if residual is not None and updates[0] is None:
+        return [torch.addmm(residual, x, _dense(frozen, x).t())]
+    if residual is not None:
+        y = add_low_rank(residual, us[0], updates[0].b_shadow.t(), torch.empty_like(residual))
+        return [y.addmm_(x, _dense(frozen, x).t())]
+    ys = (x @ _dense(frozen, x).t()).split([linear.shape[0] for linear in frozen], dim=1)
+    for y, update, u in zip(ys, updates, us, strict=True):
+        if update is not None:
+            y.addmm_(u, update.b_shadow.t())
+    return [*ys]
 
 
 def _ridden_back(dy: Tensor, linear: FrozenLinear, v: Tensor, a: Tensor) -> Tensor:
@@ -142,10 +165,12 @@ def _ridden_back(dy: Tensor, linear: FrozenLinear, v: Tensor, a: Tensor) -> Tens
 
 def _summed(dys: list[Tensor], frozen: Sequence[FrozenLinear]) -> Tensor:
     """sum_i dy_i W_i."""
+    if all(linear.nf4 is not None for linear in frozen) and len(joined := _joined(dys, 1)) == 1:
+        return joined[0] @ _dense(frozen, joined[0])
     dx = None
     for dy, linear in zip(dys, frozen, strict=True):
         # Not named, so that no weight outlives its product: they are the largest tensors around.
-        dx = dy @ _dense(linear, dy) if dx is None else dx.addmm_(dy, _dense(linear, dy))
+        dx = dy @ _dense([linear], dy) if dx is None else dx.addmm_(dy, _dense([linear], dy))
     return dx
 
 
@@ -184,9 +209,13 @@ class Projections(torch.autograd.Function):
             )
             for i, side in zip(riding, sides, strict=False):
                 ys[i] = _ridden(*side, frozen[i], updates[i], us[i], residual)
-        for i in range(len(frozen)):
-            if ys[i] is None:
-                ys[i] = _added(x, frozen[i], updates[i], us[i], residual)
+        rest = [i for i, y in enumerate(ys) if y is None]
+        narrow = [i for i in rest if frozen[i].nf4 is not None and frozen[i].shape[0] <= n_in]
+        groups = [[i] for i in rest if i not in narrow]
+        for group in [*groups, narrow] if narrow else groups:
+            parts = ([every[i] for i in group] for every in (frozen, updates, us))
+            for i, y in zip(group, _added(x, *parts, residual), strict=True):
+                ys[i] = y
         if second is None and not held:  # a plain input is needed for dA alone
             first = None
         ctx.save_for_backward(first, second, keys, *us)
@@ -196,8 +225,8 @@ class Projections(torch.autograd.Function):
     def backward(ctx, *dys: Tensor):
         first, second, keys, *us = ctx.saved_tensors
         kind, frozen, p, want_dx = ctx.kind, ctx.frozen, ctx.p, ctx.needs_input_grad[0]
-        dys = [dy.contiguous() for dy in dys]
-        dt = dys.pop(0) if kind is Normed else None
+        dt, dys = (dys[0].contiguous(), dys[1:]) if kind is Normed else (None, dys)
+        dys = [_rows(dy) for dy in dys]
         held = [i for i, update in enumerate(ctx.updates) if update is not None]
         updates = [ctx.updates[i] for i in held]
         if held:
@@ -228,7 +257,7 @@ class Projections(torch.autograd.Function):
         elif held:
             _, x = _input(kind, first, second, ctx.eps, keys, p)
         if held:
-            totals = _joined([update.a.grad for update in updates])
+            totals = _joined([update.a.grad for update in updates], 0)
             for total, v_i in zip(totals, v.split([len(total) for total in totals], dim=1), strict=True):
                 add_product(total, v_i.t(), x)
         d_residual = dys[0] if ctx.needs_input_grad[2] else None

@@ -6,6 +6,8 @@ Every head is turned in its planes (x_j, x_{j + D/2}) by the token's angles:
 
 A rotation is orthogonal, so backward is the rotation by the opposite angle: the same kernel with SIGN = -1, and nothing
 is saved but the angles, which all layers share. The angles of a token are read once for all its heads.
+
+It happens in place, so q, k and v stay side by side where one GEMM wrote them, and their gradients where attention did.
 """
 
 from __future__ import annotations
@@ -17,25 +19,25 @@ from torch import Tensor
 
 
 @triton.jit
-def _turn(x, y, row, heads, c, s, half, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """x, y [T, heads, 2 * half] -> row `row` of x, turned, in y. c and s fp32 [1, HALF]."""
+def _turn(x, heads, c, s, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Turns the heads of one token: x [heads, 2 * half], c and s fp32 [1, HALF]."""
     head, plane = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (plane < half)
-    at = (row * heads + head) * (2 * half) + plane
+    at = head * (2 * half) + plane
     left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (left * c - right * s).to(y.dtype.element_ty), mask=inside)
-    tl.store(y + at + half, (right * c + left * s).to(y.dtype.element_ty), mask=inside)
+    tl.store(x + at, (left * c - right * s).to(x.dtype.element_ty), mask=inside)
+    tl.store(x + at + half, (right * c + left * s).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _rotate(
-    q,  # [T, heads, 2 * half]
-    k,  # [T, kv_heads, 2 * half]
+    q,  # [T, heads, 2 * half], tokens q_stride apart
+    k,  # [T, kv_heads, 2 * half], tokens k_stride apart
     cos,  # fp32 [T, half]
     sin,  # fp32 [T, half]
-    q_out,  # like q
-    k_out,  # like k
+    q_stride,
+    k_stride,
     heads,
     kv_heads,
     half,
@@ -48,18 +50,23 @@ def _rotate(
     plane = tl.arange(0, HALF)[None, :]
     c = tl.load(cos + row * half + plane, mask=plane < half, other=0.0)
     s = tl.load(sin + row * half + plane, mask=plane < half, other=0.0) * SIGN
-    _turn(q, q_out, row, heads, c, s, half, HEADS, HALF)
-    _turn(k, k_out, row, kv_heads, c, s, half, KV_HEADS, HALF)
+    _turn(q + row * q_stride, heads, c, s, half, HEADS, HALF)
+    _turn(k + row * k_stride, kv_heads, c, s, half, KV_HEADS, HALF)
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """x [T, heads, D] with heads and channels side by side; only tokens may lie apart."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    q, k = q.contiguous(), k.contiguous()
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q, k = rows_apart(q), rows_apart(k)
     (tokens, heads, width), kv_heads = q.shape, k.shape[1]
     blocks = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": width // 2}
     blocks = {name: triton.next_power_of_2(size) for name, size in blocks.items()}
-    _rotate[(tokens,)](q, k, cos, sin, q_out, k_out, heads, kv_heads, width // 2, SIGN=sign, **blocks)
-    return q_out, k_out
+    numbers = q.stride(0), k.stride(0), heads, kv_heads, width // 2
+    _rotate[(tokens,)](q, k, cos, sin, *numbers, SIGN=sign, **blocks)
+    return q, k
 
 
 class RoPE(torch.autograd.Function):
