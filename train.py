@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 
 from lora.adapter import Adapter
-from lora.build import build_model, choose_device, choose_dtype, choose_micro_batch_tokens, keep_freed_memory
+from lora.build import (
+    build_model,
+    choose_device,
+    choose_dtype,
+    choose_micro_batch_tokens,
+    keep_freed_memory,
+    let_memory_grow,
+)
 from lora.config import Config, parse_training
 from lora.data import Dataset, Step, check_ids, hash_of, load_dataset, pack_examples, plan, without_their_word
 from lora.errors import UserError, exit_code
@@ -70,6 +77,7 @@ def train_one(config: Config) -> int:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs, and half of the cost
 
+    let_memory_grow()
     device = choose_device(resumed.device if resumed else config.base.device)
     if device.type == "cpu":
         keep_freed_memory()

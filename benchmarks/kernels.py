@@ -53,7 +53,7 @@ class Clock:
             self.flush.sum()
             if self.cuda:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(3_000_000)  # a good millisecond, in which Python can launch everything
+                torch.cuda._sleep(15_000_000)  # eight milliseconds, in which Python can launch everything
                 start.record()
                 work()
                 end.record()

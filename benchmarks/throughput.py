@@ -214,12 +214,13 @@ def steps_of(work: Workload) -> list[list[Example]]:
 
 def ours(work: Workload, folder: Path, steps: list[list[Example]], device: torch.device, micro_batch_tokens: int):
     from lora.adapter import Adapter
-    from lora.build import build_model
+    from lora.build import build_model, let_memory_grow
     from lora.data import pack_examples
     from lora.forward import choose_forward
     from lora.loop import LossScale, token_keys, train_step
     from lora.optim import build_optimiser
 
+    let_memory_grow()
     config = LoraConfig(rank=work.rank, alpha=work.alpha, dropout=work.dropout)
     model = build_model(folder, "nf4", torch.bfloat16, device)
     model.recompute = work.recompute

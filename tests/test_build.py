@@ -1,6 +1,7 @@
 """lora/build.py: from a folder to a model, and everything that does not fit told at once."""
 
 import json
+import os
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -241,3 +242,16 @@ def test_choose_dtype():
     assert build.choose_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
     assert build.choose_dtype("fp16", CPU) == torch.float16
     assert build.choose_dtype("fp32", torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [({}, "expandable_segments:True"), ({"CUDA_": "a:b"}, None), ({"": "a:b"}, "a:b")], ids=str
+)
+def test_a_setting_of_the_users_is_kept(monkeypatch, before, after):
+    for name in ("CUDA_", ""):
+        monkeypatch.delenv(f"PYTORCH_{name}ALLOC_CONF", raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(f"PYTORCH_{name}ALLOC_CONF", value)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    build.let_memory_grow()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == after
