@@ -200,7 +200,10 @@ def layer(shape: Shape, tokens: int, p: float, device: torch.device) -> Row:
             a, b = a.requires_grad_(), torch.randn(out, rank, device=device).requires_grad_()
             a.grad, b.grad = a_grad, torch.zeros_like(b)
             updates.append(LowRank(a, b, a_shadow, b.detach().to(dtype)))
-        upstream = [draw(out).detach() for out, _ in sizes]
+        widths = [out for out, _ in sizes]
+        upstream = [draw(out).detach() for out in widths]
+        if len(sizes) == 3:  # attention leaves those of q, k and v side by side
+            upstream = [*torch.cat(upstream, dim=1).split(widths, dim=1)]
         if isinstance(source, Normed):
             upstream.insert(0, draw(n).detach())
         residual = draw(n) if len(sizes) == 1 else None

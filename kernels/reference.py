@@ -75,8 +75,8 @@ class RoPE(torch.autograd.Function):
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (Su et al. 2021) on queries and keys, in Hugging Face's half-split layout.
 
-    q [T, heads, D], k [T, kv_heads, D], cos and sin fp32 [T, D/2] -> q and k rotated, same shapes. Who hands q and k
-    over gives them away, and so are their gradients: they may be rotated where they stand.
+    q [T, heads, D], k [T, kv_heads, D], cos and sin fp32 [T, D/2] -> q and k rotated, same shapes. Whoever hands
+    over q and k gives them away, and so does whoever hands back their gradients: all may be rotated where they stand.
     """
     return RoPE.apply(q, k, cos, sin)
 

@@ -168,10 +168,11 @@ def saved_bytes(config: LlamaConfig, rank: int, dtype: torch.dtype, recompute: s
 
 
 def let_memory_grow() -> None:
-    """Lets PyTorch's segments of GPU memory grow in place, from when CUDA starts; a setting of yours is kept.
+    """Lets PyTorch's segments of GPU memory grow in place. To be called before CUDA starts, for PyTorch reads this
+    setting once; one that the user made is kept.
 
-    Packs differ in size from step to step, and so do graphs: what one size leaves behind is often a little too small
-    for the next, which without this takes half as much memory again.
+    Packs differ in size, and so do graphs. A segment of fixed size that one of them leaves free is often a little too
+    small for the next, which then takes a new one: half as much memory again.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -103,6 +103,8 @@ class Inputs:
         return places.split([self.size.tokens, self.size.tokens, self.size.examples + 1])
 
     def fill(self, pack: Pack, keys: Tensor | None) -> None:
+        """Puts a pack there, by one copy that nobody waits for. It comes from pinned memory that is new each time, for
+        the last one may still wait to be read (PyTorch gives it out again only after that)."""
         n, filled = len(pack.ids), torch.zeros(self.places.shape, dtype=torch.int32, pin_memory=True)
         ids, positions, starts = self._split(filled)
         ids[:n], positions[:n] = pack.ids, pack.positions

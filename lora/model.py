@@ -208,7 +208,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """ids int64 [T] -> rows of the table, [T, n]."""
+    """ids, integers [T] -> rows of the table, [T, n]."""
 
     def __init__(self, vocab_size: int, n: int):
         super().__init__()
@@ -250,7 +250,7 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """ids and positions int64 [T] -> [T, hidden]."""
+        """ids and positions, integers [T] -> [T, hidden]."""
         x = self.model.embed_tokens(ids).to(self.dtype)
         self.frequencies = self.frequencies.to(ids.device)  # copied once, on the first call
         angles = positions[:, None] * self.frequencies

@@ -10,8 +10,11 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: without a GPU they are interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from lora.build import let_memory_grow
 from lora.errors import UserError
 from lora.hub import SMOLLM2, fetch
+
+let_memory_grow()  # as train.py does
 
 
 @pytest.fixture(scope="session")

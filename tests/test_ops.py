@@ -132,6 +132,11 @@ def test_rope(case, draw):
     inputs = {"q": draw(t, 6, d), "k": draw(t, 2, d)}
     compare(lambda q, k: case.ops.rope(q, k, cos, sin), lambda q, k: (turn(q), turn(k)), case.tolerance, **inputs)
 
+    q, k, _ = draw(t, 10, d).split([6, 2, 2], dim=1)  # as the projections leave them
+    wanted = turn(q.double()), turn(k.double())
+    for x, exact in zip(case.ops.rope(q, k, cos, sin), wanted, strict=True):
+        assert_close("q or k of tokens that lie apart", x, exact, case.tolerance)
+
 
 # --- dropout ---
 

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.fused.rope import rows_apart
+from kernels.fused.rope import contiguous_heads
 
 
 class Launch(NamedTuple):
@@ -415,7 +415,7 @@ def backward_keys(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """dK and dV, written to dk and dv, whose tokens may lie equally apart."""
+    """dK and dV, written to dk and dv [T, kv_heads, D]; both have the same stride from token to token."""
     constants = _constants(q, k, starts, "keys") | {"SCALE": q.shape[-1] ** -0.5}
     tensors, grid = (q, k, v, starts, d_out, lse, delta, dk, dv), _grid(q, k, starts, constants["KEYS"])
     _backward_keys[grid](*tensors, *_arguments(q, k, v, starts), dk.stride(0), **constants)
@@ -424,7 +424,7 @@ def backward_keys(
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-        q, k, v = rows_apart(q), rows_apart(k), rows_apart(v)
+        q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
         out, lse = forward(q, k, v, starts)
         ctx.save_for_backward(q, k, v, starts, out, lse)
         return out

@@ -8,7 +8,8 @@ The head W is frozen, so dz is used once, for dh, right after it is made: a few 
 become dz where they stand, and go into the next one. For 128,256 words in bf16 a row is a quarter of a megabyte, and
 _SCRATCH bounds what stands at a time. The kernel reads a row twice, first for max and sum together, rescaling the sum
 whenever the max grows (online softmax, Milakov and Gimelshein 2018), then to turn z into dz; the second time most of
-it still lies in the GPU's L2. Each thread keeps a max and a sum of its own, and they meet at the end.
+it still lies in the GPU's L2. Every eight columns of a block keep a max and a sum of their own, inside one thread, and
+these meet at the end: no reduction over all warps in every block.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from kernels.reference import LinearCrossEntropy
 _SCRATCH = 256 * 2**20
 # Rows at a time are a multiple of this: whole tiles of a GEMM.
 _GRAIN = 256
-# Logits of a row at a time, over 32 warps.
+# Logits of a row at a time.
 BLOCK = 16384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets", "losses"])  # else there is another kernel for places that 16 bytes divide
 def _losses(
     logits,  # [rows, vocabulary], with GRADIENT overwritten by softmax - one_hot
     targets,  # int64 [rows]
@@ -41,9 +42,9 @@ def _losses(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
-    column = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]  # a thread reads 16 bytes
+    column = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]  # eight neighbours a thread
     target = tl.load(targets + row)
-    top = tl.full((BLOCK // 8,), -3e38, tl.float32)  # finite, for a thread may meet nothing but -inf
+    top = tl.full((BLOCK // 8,), -3e38, tl.float32)  # finite: -inf - -inf, where there are no logits, would be NaN
     total = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         at = start + column
@@ -65,9 +66,10 @@ def _losses(
 
 
 def _windows(rows: int, most: int) -> Iterator[slice]:
-    """Pieces of `rows` rows, `most` each. The last is as long as its rows need, rounded up to _GRAIN, and reaches back:
-    what it makes again comes out the same. The number of rows differs from pack to pack, and the first GEMM of a shape
-    waits milliseconds for its kernel to be loaded."""
+    """Pieces of `rows` rows, `most` each. The last is as long as its rows need, rounded up to _GRAIN, and reaches back
+    for what it lacks; what it makes again is the same but for the last bits. For the number of rows differs from pack
+    to pack, and the first GEMM of a shape waits milliseconds for its kernel to be loaded. Fewer than `most` rows are
+    one piece, of whatever length."""
     for start in range(0, rows - most + 1, most):
         yield slice(start, start + most)
     if rest := rows % most:

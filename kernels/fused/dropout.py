@@ -1,5 +1,6 @@
 """Dropout by key: which inputs stay is a hash of (token's key, channel), as in reference.dropout_mask, so that no mask
-is ever stored, and whoever needs it draws it again. Two neighbouring channels take the two halves of one hash.
+is ever stored, and whoever needs it draws it again. Two neighbouring channels take the two halves of one hash. A token
+has a key of its own for every input of every block, `input_keys`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def kept(keys, pair, threshold):
     return tl.interleave(bits & 0xFFFF, bits >> 16) >= threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # else there is another kernel for lengths that 16 divides
 def _input_keys(
     token_keys,  # int32 [T]
     keys,  # int32 [inputs, T]
@@ -44,7 +45,7 @@ def _input_keys(
 
 
 def input_keys(token_keys: Tensor, inputs: int) -> Tensor:
-    """See reference.input_keys. One launch for what are a dozen in PyTorch: a step begins with it."""
+    """See reference.input_keys. One launch where PyTorch needs a dozen, and every pack waits for it."""
     keys = torch.empty(inputs, len(token_keys), dtype=torch.int32, device=token_keys.device)
     _input_keys[(triton.cdiv(len(token_keys), BLOCK), inputs)](token_keys, keys, len(token_keys), BLOCK=BLOCK)
     return keys
@@ -55,7 +56,7 @@ def coin(p: float) -> tuple[int, float]:
     return round(p * 2**16), 1 / (1 - p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _copy(
     x,  # [T, n], rows `stride` apart
     keys,  # int32 [T], read if MASKED

@@ -17,7 +17,8 @@ expanded anyway and may as well be expanded beside B (a W in 16 bits is copied).
     elsewhere                GEMMs that add to what is there (beta = 1): what they read again is narrow
 
 Where W is narrow (out <= in: q, k, v) the linears on one x are one GEMM, if they are in NF4: expanded under each other
-they are one W, and the outputs stand side by side. Backward, too, if the gradients come side by side (attention.py).
+they are one W, and the outputs stand side by side. (k and v alone are too narrow to fill a GPU: 128 us for the three
+where one by one they take 165, with 7,680 tokens on an H200.) Backward, too, if the gradients come side by side.
 
 Two linears that ride along share one copy of x: with [u_0 | x | u_1], the first reads the left columns and [B_0 | W_0],
 the second the right ones and [W_1 | B_1]. A norm before them writes x there itself.
@@ -82,7 +83,7 @@ def _pays(linear: FrozenLinear, update: LowRank, tokens: int) -> bool:
 
 def _joined(matrices: list[Tensor], dim: int) -> list[Tensor]:
     """The same as one matrix, if each stands under (dim 0) or beside (dim 1) the one before in memory; else as they
-    are. An adapter lays out the A of linears that read the same input so, and attention the gradients of q, k and v."""
+    are. So stand the A of linears that read one input (adapter.py), and the gradients of q, k and v (attention.py)."""
     first = matrices[0]
     where, alike = first.data_ptr(), (first.untyped_storage().data_ptr(), first.stride())
     for matrix in matrices:
@@ -94,7 +95,7 @@ def _joined(matrices: list[Tensor], dim: int) -> list[Tensor]:
     return [first.as_strided(size, first.stride())]
 
 
-def _rows(x: Tensor) -> Tensor:
+def contiguous_rows(x: Tensor) -> Tensor:
     """x [T, n] with each row in one piece, as GEMMs take it."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
@@ -140,10 +141,11 @@ def _added(
     residual: Tensor | None,
 ) -> list[Tensor]:
     """x W_i^T [+ u_i B_i^T], as columns of one matrix; or, for one linear, residual + x W^T [+ u B^T]."""
-    if residual is not None and updates[0] is None:
-        return [torch.addmm(residual, x, _dense(frozen, x).t())]
     if residual is not None:
-        y = add_low_rank(residual, us[0], updates[0].b_shadow.t(), torch.empty_like(residual))
+        (update,), (u,) = updates, us  # only a linear alone has one
+        if update is None:
+            return [torch.addmm(residual, x, _dense(frozen, x).t())]
+        y = add_low_rank(residual, u, update.b_shadow.t(), torch.empty_like(residual))
         return [y.addmm_(x, _dense(frozen, x).t())]
     ys = (x @ _dense(frozen, x).t()).split([linear.shape[0] for linear in frozen], dim=1)
     for y, update, u in zip(ys, updates, us, strict=True):
@@ -211,8 +213,7 @@ class Projections(torch.autograd.Function):
                 ys[i] = _ridden(*side, frozen[i], updates[i], us[i], residual)
         rest = [i for i, y in enumerate(ys) if y is None]
         narrow = [i for i in rest if frozen[i].nf4 is not None and frozen[i].shape[0] <= n_in]
-        groups = [[i] for i in rest if i not in narrow]
-        for group in [*groups, narrow] if narrow else groups:
+        for group in filter(None, [*([i] for i in rest if i not in narrow), narrow]):
             parts = ([every[i] for i in group] for every in (frozen, updates, us))
             for i, y in zip(group, _added(x, *parts, residual), strict=True):
                 ys[i] = y
@@ -226,7 +227,7 @@ class Projections(torch.autograd.Function):
         first, second, keys, *us = ctx.saved_tensors
         kind, frozen, p, want_dx = ctx.kind, ctx.frozen, ctx.p, ctx.needs_input_grad[0]
         dt, dys = (dys[0].contiguous(), dys[1:]) if kind is Normed else (None, dys)
-        dys = [_rows(dy) for dy in dys]
+        dys = [contiguous_rows(dy) for dy in dys]
         held = [i for i, update in enumerate(ctx.updates) if update is not None]
         updates = [ctx.updates[i] for i in held]
         if held:

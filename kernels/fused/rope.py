@@ -54,13 +54,13 @@ def _rotate(
     _turn(k + row * k_stride, kv_heads, c, s, half, KV_HEADS, HALF)
 
 
-def rows_apart(x: Tensor) -> Tensor:
+def contiguous_heads(x: Tensor) -> Tensor:
     """x [T, heads, D] with heads and channels side by side; only tokens may lie apart."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    q, k = rows_apart(q), rows_apart(k)
+    q, k = contiguous_heads(q), contiguous_heads(k)
     (tokens, heads, width), kv_heads = q.shape, k.shape[1]
     blocks = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": width // 2}
     blocks = {name: triton.next_power_of_2(size) for name, size in blocks.items()}
@@ -73,6 +73,8 @@ class RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
         ctx.save_for_backward(cos, sin)
+        # Unknown to autograd, which lets no function of two outputs mark its inputs as changed. So nobody may keep q
+        # and k as they were before; the projections that made them do not.
         return _launch(q, k, cos, sin, 1)
 
     @staticmethod
