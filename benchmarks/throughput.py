@@ -112,7 +112,7 @@ def matmul_flops(shape: Shape, work: Workload) -> int:
 
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of [8192, 4096] x [4096, 8192] in bf16 that the card sustains: after a second of it, when it is as warm
-    and as slow as in a run (an H200 begins a fifth above that, and is at its power limit after a moment)."""
+    and as slow as in a run (an H200 begins a tenth above that, and is at its power limit after a moment)."""
     n, products = (8192, 20) if device.type == "cuda" else (512, 2)
     a, b = (torch.randn(n, n // 2, device=device).bfloat16() for _ in range(2))
     seconds, began = [], time.perf_counter()
