@@ -491,6 +491,14 @@ def test_sentence_losses_are_those_of_the_sentences(base):
         evaluation.tally_losses(losses, [whole], [], tokenizer)
 
 
+def test_an_answer_without_end_is_shown_by_its_beginning():
+    text = "\n".join(map(str, range(100)))
+    assert evaluation.shown(text, stopped=True) == text
+    assert evaluation.shown("one line", stopped=False) == "one line"
+    *lines, last = evaluation.shown(text, stopped=False).splitlines()
+    assert lines == text.splitlines()[: len(lines)] and f"{100 - len(lines)} more lines" in last
+
+
 @pytest.mark.parametrize("flags", [["--quant", "nf4"], ["--recompute", "block"], ["--optimizer", "adamw8bit"]], ids=str)
 def test_other_ways_to_train(call, base, data, flags):
     given = ["--model", base, "--data", data, "--eval-data", data]
