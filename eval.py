@@ -32,8 +32,6 @@ from lora.log import print_table
 from lora.run import adapter_folder, find_run, read_run
 from lora.tokenizer import Tokenizer
 
-SHOWN = 12  # lines of an answer that did not end
-
 
 def main(argv: list[str]) -> int:
     config = parse(EvalConfig, argv, __doc__)
@@ -94,8 +92,8 @@ def main(argv: list[str]) -> int:
     for answer in answers[: config.generations]:
         print(f"\n--- {answer['name']}\n{answer['prompt'][-1]['content']}")
         for side in ("base", "tuned"):
-            print(f"\n[{side}{'' if answer[side]['stopped'] else f', cut off after {longest} tokens'}]")
-            print(shown(**answer[side]))
+            cut_off = "" if answer[side]["stopped"] else f", cut off after {longest} tokens"
+            print(f"\n[{side}{cut_off}]\n{shown(**answer[side])}")
     print(f"\n{overlong.dropped} examples too long and left out, {overlong.truncated} truncated")
     metrics = {name: compare(base[name], tuned[name]) for name in tuned}
     head = f"{'base':>10}{'tuned':>10}{'change':>10}   {'95 % interval':<20} of"
@@ -120,6 +118,9 @@ def before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """The turns before the last answer; none, if there is no answer."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     return messages[:last]
+
+
+SHOWN = 12  # lines of an answer that did not end
 
 
 def shown(text: str, stopped: bool) -> str:

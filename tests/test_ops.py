@@ -381,14 +381,15 @@ def test_projections_of_gradients_side_by_side(case, draw, p):
             assert_close(f"the gradient of {name}", gradient, found[0][name].double(), case.tolerance)
 
 
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_projections_add_to_the_gradient(case, draw, width):
+def test_projections_add_to_the_gradient(case, draw, width, kind):
     """A second backward pass adds to what the first one left, bit for bit; also if its gradient is one number for all,
     as that of a sum is."""
     n_in, outs = WIDTHS[width]
     leaves = low_ranks(draw, n_in, outs, (True,) * len(outs))
     updates = updates_of({name: leaf.requires_grad_() for name, leaf in leaves.items()}, len(outs), case.dtype)
-    frozen, x = frozen_linears(draw, n_in, outs, "nf4"), draw(20, n_in).requires_grad_()
+    frozen, x = frozen_linears(draw, n_in, outs, kind), draw(20, n_in).requires_grad_()
     leaves["x"], gradients = x, []
     for like in (torch.ones_like, lambda y: y.new_ones(()).expand_as(y)):
         ys = case.ops.projections(x, frozen, updates, SCALE)
