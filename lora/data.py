@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lora.config import DataConfig, OptimConfig
-from lora.errors import UserError
+from lora.errors import UserError, caught
 from lora.levels import (
     DATA,
     HELD_OUT_AT_LEAST,
@@ -184,14 +184,9 @@ def read_jsonl(path: Path) -> list[Conversation]:
 
 def _gather(calls: Iterable[Callable[[], T]]) -> list[T]:
     """What the calls return; if some of them raise a UserError, all that they find, as one."""
-    results, problems = [], []
-    for call in calls:
-        try:
-            results.append(call())
-        except UserError as error:
-            problems.append(error)
+    results = [caught(call) for call in calls]
     # Each call has told its first 20 problems; none of them hides those of another.
-    UserError.raise_all(problems, most=100)
+    UserError.raise_all((result for result in results if isinstance(result, UserError)), most=100)
     return results
 
 
@@ -232,11 +227,10 @@ def encode(
     """Conversations -> examples of at most config.max_length tokens; UserError lists every one that cannot be one."""
     examples, problems = [], []
     dropped = truncated = 0
-    for conversation in conversations:
-        try:
-            chat = tokenizer.chat(conversation.messages, config.loss_on, conversation.name)
-        except UserError as error:
-            problems.append(error)
+    chats = tokenizer.chats([(c.messages, c.name) for c in conversations], config.loss_on)
+    for conversation, chat in zip(conversations, chats, strict=True):
+        if isinstance(chat, UserError):
+            problems.append(chat)
             continue
         ids, mask = chat.ids, chat.mask
         if len(ids) > config.max_length:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -34,6 +37,14 @@ class UserError(Exception):
             joined.problems.append(f"and {len(problems) - most} more problems (as above): mend these first")
         Exception.__init__(joined, "\n".join(joined.problems))
         raise joined
+
+
+def caught(call: Callable[..., T], *arguments) -> T | UserError:
+    """What the call returns, or the UserError that it raises: for gathering them."""
+    try:
+        return call(*arguments)
+    except UserError as error:
+        return error
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:

@@ -46,6 +46,7 @@ other text than today's. Here the date is a setting.
 import json
 import re
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -56,7 +57,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from lora.errors import UserError
+from lora.errors import UserError, caught
 from lora.files import read_json
 
 # What an adapter or a merged folder needs beside its weights, to be used by somebody else's program.
@@ -65,6 +66,10 @@ FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_
 
 # Who may speak. Templates know the last two under one name or the other: what a program answered.
 ROLES = ("system", "user", "assistant", "tool", "ipython")
+
+LossOn = Literal["response", "last", "full"]
+
+_ENCODED_AT_A_TIME = 1024  # conversations: an encoding takes much more memory than its ids
 
 
 class ChatIds(NamedTuple):
@@ -168,11 +173,35 @@ class Tokenizer:
             how = "change the conversation to what the template takes"
             raise UserError(f"the chat template refuses the conversation: {_one_line(error)}", name, how) from error
 
-    def chat(self, messages: list[dict], loss_on: Literal["response", "last", "full"], name: str) -> ChatIds:
+    def chat(self, messages: list[dict], loss_on: LossOn, name: str) -> ChatIds:
         """A whole conversation: its ids, and as `mask` the tokens of all answers, of the last one, or of everything."""
+        (found,) = self.chats([(messages, name)], loss_on)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def chats(self, conversations: Sequence[tuple[list[dict], str]], loss_on: LossOn) -> Iterator[ChatIds | UserError]:
+        """`chat` of many (messages, name), in order; of one that nothing can be learnt from, the error. Encoding, half
+        of the work, is done by all cores."""
+        for start in range(0, len(conversations), _ENCODED_AT_A_TIME):
+            some = conversations[start : start + _ENCODED_AT_A_TIME]
+            written = [caught(self._write, messages, name) for messages, name in some]
+            texts = [text for text in written if isinstance(text, str)]
+            encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+            for (messages, name), text in zip(some, written, strict=True):
+                if isinstance(text, UserError):
+                    yield text
+                else:
+                    yield caught(self._chat_ids, messages, loss_on, name, text, next(encodings))
+
+    def _write(self, messages: list[dict], name: str) -> str:
         check_messages(messages, name)
-        text = self.render(messages, name=name)
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        return self.render(messages, name=name)
+
+    def _chat_ids(
+        self, messages: list[dict], loss_on: LossOn, name: str, text: str, encoding: tokenizers.Encoding
+    ) -> ChatIds:
+        """See `chat`; text: what the template writes, and its encoding."""
         own_ids, offsets = encoding.ids, encoding.offsets  # each look at these attributes copies the list: look once
         front = self._missing_bos(own_ids, name)
         ids = front + own_ids
@@ -221,7 +250,7 @@ class Tokenizer:
             how = "put a user turn before it, or use --loss-on last or full"
             raise UserError("the conversation opens with an assistant turn, an answer to nothing", where, how)
         given = self.render(messages[:i], add_generation_prompt=True, name=name)
-        turn_end = self.render(messages[: i + 1], name=name)
+        turn_end = self.render(messages[: i + 1], name=name) if i + 1 < len(messages) else text
         if not (turn_end.startswith(given) and text.startswith(turn_end)):
             what = "this chat template cannot be masked: it writes the turn otherwise in another place"
             raise UserError(what, where, "use --loss-on last or full, or another template (chat_template.jinja)")
