@@ -384,19 +384,20 @@ def test_projections_of_gradients_side_by_side(case, draw, p):
 @pytest.mark.parametrize("kind", ["plain", "nf4"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_projections_add_to_the_gradient(case, draw, width, kind):
-    """A second backward pass adds to what the first one left, bit for bit; also if its gradient is one number for all,
-    as that of a sum is."""
+    """A second backward pass adds to what the first one left, bit for bit; and so does a third, whose gradient is one
+    number for all, as that of a sum is (that may be another GEMM, with other last bits)."""
     n_in, outs = WIDTHS[width]
     leaves = low_ranks(draw, n_in, outs, (True,) * len(outs))
     updates = updates_of({name: leaf.requires_grad_() for name, leaf in leaves.items()}, len(outs), case.dtype)
     frozen, x = frozen_linears(draw, n_in, outs, kind), draw(20, n_in).requires_grad_()
     leaves["x"], gradients = x, []
-    for like in (torch.ones_like, lambda y: y.new_ones(()).expand_as(y)):
+    for like in (torch.ones_like, torch.ones_like, lambda y: y.new_ones(()).expand_as(y)):
         ys = case.ops.projections(x, frozen, updates, SCALE)
         torch.autograd.backward(ys, [like(y) for y in ys])
         gradients.append({name: leaf.grad.clone() for name, leaf in leaves.items()})
     for name, once in gradients[0].items():
         assert torch.equal(gradients[1][name], 2 * once), f"the gradient of {name}"
+        assert_close(f"the third gradient of {name}", gradients[2][name], 3 * once.double(), case.tolerance)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
