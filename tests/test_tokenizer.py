@@ -147,6 +147,11 @@ def test_llama2_learns_the_answers_and_their_end_tokens(llama2):
     assert learnt(llama2, TWO_TURNS, "last") == "Yes, four. </s>"
 
 
+def test_a_user_turn_after_the_last_answer_is_not_learnt(chatml, llama3):
+    assert learnt(chatml, TWO_TURNS[:3]) == learnt(chatml, TWO_TURNS[:3], "last") == "Four.<|im_end|>"
+    assert learnt(llama3, TWO_TURNS[:3]) == "Four.<|eot_id|>"
+
+
 def test_every_token_of_a_mask(chatml):
     ids, mask = chatml.chat([QUESTION, ANSWER], "response", "an example")
     prompt = chatml.encode("<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n")
